@@ -1,0 +1,114 @@
+"""Where pictures come from. A data set has `classes`, `len()`, `load(index)` -> (RGB picture,
+label) and `name_of(index)`, what to call a sample in a message."""
+from pathlib import Path
+from typing import Protocol
+
+from PIL import Image
+from torchvision.datasets import CIFAR100
+from torchvision.datasets import ImageFolder as TorchvisionFolder
+
+from data.outlines import Outlines
+from utils.distributed import barrier, is_main
+from utils.errors import UserError
+from utils.registry import Registry
+
+DATASETS = Registry("data set", home="data/datasets.py")
+register_dataset = DATASETS.register
+
+
+class ImageSource(Protocol):
+    classes: list[str]
+
+    def __len__(self) -> int: ...
+    def load(self, index: int) -> tuple[Image.Image, int]: ...
+    def name_of(self, index: int) -> str: ...
+
+
+def create_dataset(name: str, split: str, data_path: str | None, **options) -> ImageSource:
+    """The `train` or `val` split of a registered data set."""
+    return DATASETS.create(name, split, data_path, **options)
+
+
+@register_dataset("imagefolder")
+class ImageFolder:
+    """Pictures in data_path/{train,val}/<class>/ (ImageNet's layout); labels in order of name."""
+
+    def __init__(self, split: str, data_path: str | None) -> None:
+        if data_path is None:
+            raise UserError("--data-set imagefolder needs --data-path, a folder that holds "
+                            "train/<class>/*.jpg and val/<class>/*.jpg.")
+        root = Path(data_path) / split
+        if not root.is_dir():
+            raise UserError(f"{root} is not a folder; --data-path must hold train/ and val/, each "
+                            "with one folder per class.")
+        try:
+            folder = TorchvisionFolder(str(root), allow_empty=True)
+        except FileNotFoundError:
+            raise UserError(f"{root} has no class folders; expected {root}/<class>/*.jpg."
+                            ) from None
+        self.classes, self.samples = folder.classes, folder.samples
+        filled = {label for _, label in self.samples}
+        empty = [name for label, name in enumerate(self.classes) if label not in filled]
+        if empty:
+            raise UserError(f"{len(empty)} class folder(s) of {root} hold no pictures: "
+                            f"{', '.join(empty[:5])}. Fill or remove them.")
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        path, label = self.samples[index]
+        with Image.open(path) as image:
+            return image.convert("RGB"), label
+
+    def name_of(self, index: int) -> str:
+        return self.samples[index][0]
+
+
+@register_dataset("cifar100")
+class Cifar100:
+    """CIFAR-100 through torchvision, downloaded once into data_path if it is not there."""
+
+    def __init__(self, split: str, data_path: str | None) -> None:
+        if data_path is None:
+            raise UserError("--data-set cifar100 needs --data-path, the folder to keep it in.")
+        is_train = split == "train"
+        try:
+            if is_main():
+                CIFAR100(data_path, train=is_train, download=True)
+            barrier()
+            self.dataset = CIFAR100(data_path, train=is_train)
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"CIFAR-100 is not in {data_path} and could not be fetched ({error}). "
+                            "Put the unpacked folder cifar-100-python there.") from None
+        self.split = split
+        self.classes = self.dataset.classes
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        return self.dataset[index]
+
+    def name_of(self, index: int) -> str:
+        return f"CIFAR-100 {self.split} image {index}"
+
+
+@register_dataset("outlines")
+def outlines(split: str, data_path: str | None, train_size: int = 10_000, val_size: int = 2_000,
+             seed: int = 0, image_size: int = 64) -> Outlines:
+    """The embedded procedural data set; needs no path."""
+    if data_path is not None:
+        raise UserError(f"--data-set outlines draws its pictures itself; leave out --data-path "
+                        f"{data_path}.")
+    return Outlines(split, train_size if split == "train" else val_size, seed, image_size)
+
+
+def check_same_classes(train: ImageSource, val: ImageSource) -> None:
+    if train.classes == val.classes:
+        return
+    only_train = sorted(set(train.classes) - set(val.classes))[:5]
+    only_val = sorted(set(val.classes) - set(train.classes))[:5]
+    raise UserError(f"train has {len(train.classes)} classes and val {len(val.classes)}, and they "
+                    f"differ: only in train: {', '.join(only_train) or 'none'}; only in val: "
+                    f"{', '.join(only_val) or 'none'}. Both need the same class folders.")

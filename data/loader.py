@@ -1,0 +1,150 @@
+"""Batches for training and for evaluation, each sample's randomness a function of its key."""
+import signal
+from collections.abc import Callable, Iterator
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from data.datasets import ImageSource
+from utils.distributed import rank, world_size
+from utils.errors import UserError
+from utils.log import say
+from utils.rng import generator, seeded
+
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+Key = tuple[int, int]  # (epoch, index)
+
+
+class Samples(Dataset):
+    """Key (epoch, index) -> (image (3, H, W), label, index).
+
+    The transform's randomness depends on (seed, epoch, index) alone. A picture that cannot be read
+    is marked by the index -1 - index; in its place stands the next one that can, so that batches
+    keep their shape. Whether that is an error is for the loader to decide.
+    """
+
+    def __init__(self, source: ImageSource, transform: Callable[[Image.Image], Tensor],
+                 seed: int) -> None:
+        self.source, self.transform, self.seed = source, transform, seed
+
+    def __getitem__(self, key: Key) -> tuple[Tensor, int, int]:
+        epoch, index = key
+        picture, label, is_bad = self._readable(index)
+        with seeded(self.seed, "augment", epoch, index):
+            return self.transform(picture), label, -1 - index if is_bad else index
+
+    def _readable(self, index: int) -> tuple[Image.Image, int, bool]:
+        for offset in range(len(self.source)):
+            try:
+                return *self.source.load((index + offset) % len(self.source)), offset > 0
+            except UNREADABLE:
+                continue
+        raise UserError(f"none of the {len(self.source)} pictures could be read, the first of them "
+                        f"{self.source.name_of(0)}.")
+
+
+class TrainKeys:
+    """Batches of keys of this process for one epoch, from any micro-batch on, without touching the
+    samples before it. The global batches do not depend on how many processes share them."""
+
+    def __init__(self, num_samples: int, batch_size: int, num_batches: int, seed: int) -> None:
+        self.num_samples, self.batch_size, self.num_batches = num_samples, batch_size, num_batches
+        self.seed = seed
+        self.epoch, self.start = 0, 0
+
+    def __len__(self) -> int:
+        return self.num_batches - self.start
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        order = torch.randperm(self.num_samples,
+                               generator=generator(self.seed, "shuffle", self.epoch)).tolist()
+        for batch in range(self.start, self.num_batches):
+            first = (batch * world_size() + rank()) * self.batch_size
+            yield [(self.epoch, index) for index in order[first:first + self.batch_size]]
+
+
+class EvalKeys:
+    """Every sample exactly once over all processes: rank r takes r, r + world, r + 2 world, ..."""
+
+    def __init__(self, num_samples: int, batch_size: int) -> None:
+        self.indices = range(rank(), num_samples, world_size())
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        for first in range(0, len(self.indices), self.batch_size):
+            yield [(0, index) for index in self.indices[first:first + self.batch_size]]
+
+
+class Loader:
+    """Iterates over (images, labels, indices) of the batches that `keys` names.
+
+    An unreadable picture ends the run with its name unless `skip_bad_images`; then it is counted in
+    `num_bad`, reported once, and marked by a negative index.
+    """
+
+    def __init__(self, samples: Samples, keys: TrainKeys | EvalKeys, *, num_workers: int,
+                 skip_bad_images: bool = False, pin_memory: bool = False) -> None:
+        self.samples, self.keys, self.skip_bad_images = samples, keys, skip_bad_images
+        self.bad: set[int] = set()
+        extra = {"persistent_workers": True, "prefetch_factor": 4} if num_workers else {}
+        self.loader = DataLoader(samples, batch_sampler=keys, num_workers=num_workers,
+                                 pin_memory=pin_memory, worker_init_fn=_ignore_interrupt, **extra)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.samples.source)
+
+    def start_at(self, epoch: int, batch: int) -> "Loader":
+        """The loader itself, its next iteration starting there."""
+        self.keys.epoch, self.keys.start = epoch, batch
+        return self
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for images, labels, indices in self.loader:
+            for index in (-1 - indices[indices < 0]).tolist():
+                self._note_bad(index)
+            yield images, labels, indices
+
+    def _note_bad(self, index: int) -> None:
+        if index in self.bad:
+            return
+        self.bad.add(index)
+        source = self.samples.source
+        try:
+            source.load(index)
+            reason = "it could be read at a second try"
+        except UNREADABLE as error:
+            reason = str(error)
+        message = f"cannot read the picture {source.name_of(index)} ({reason})"
+        if not self.skip_bad_images:
+            raise UserError(f"{message}. Repair or remove it, or pass --skip-bad-images.")
+        say(f"{message}; skipped, {len(self.bad)} so far")
+
+
+def _ignore_interrupt(worker: int) -> None:
+    """Ctrl-C reaches the whole process group; the main process decides when workers end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def train_loader(source: ImageSource, transform: Callable, *, batch_size: int, num_batches: int,
+                 seed: int, num_workers: int, skip_bad_images: bool, pin_memory: bool) -> Loader:
+    """`num_batches` batches of `batch_size` per process and epoch; the rest of the epoch's samples
+    is left out, as in the published runs."""
+    keys = TrainKeys(len(source), batch_size, num_batches, seed)
+    return Loader(Samples(source, transform, seed), keys, num_workers=num_workers,
+                  skip_bad_images=skip_bad_images, pin_memory=pin_memory)
+
+
+def eval_loader(source: ImageSource, transform: Callable, *, batch_size: int, num_workers: int,
+                skip_bad_images: bool = False, pin_memory: bool = False) -> Loader:
+    """Every sample once, in order, shared among the processes without padding."""
+    return Loader(Samples(source, transform, seed=0), EvalKeys(len(source), batch_size),
+                  num_workers=num_workers, skip_bad_images=skip_bad_images, pin_memory=pin_memory)

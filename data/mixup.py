@@ -1,0 +1,119 @@
+"""Mixup and CutMix of a whole batch, with label smoothing, on whatever device the batch is.
+
+mixup: Zhang et al. (arXiv 1710.09412). CutMix: Yun et al. (arXiv 1905.04899). One choice and one
+lambda per batch, partner = the batch in reverse order, as DeiT does (timm's mode "batch").
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from utils.errors import UserError
+
+
+class Box(NamedTuple):
+    top: int
+    bottom: int  # exclusive
+    left: int
+    right: int  # exclusive
+
+
+class Mixup:
+    """Mixes a batch with its mirror image and gives soft targets; the default is DeiT's setting.
+
+    An alpha of 0 switches that kind off; with both on, `switch_prob` is the share of CutMix.
+    Without mixing and without smoothing, labels pass through untouched.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        mixup_alpha: float = 0.8,
+        cutmix_alpha: float = 1.0,
+        prob: float = 1.0,
+        switch_prob: float = 0.5,
+        smoothing: float = 0.1,
+    ):
+        if num_classes < 1 or int(num_classes) != num_classes:
+            raise UserError(f"num_classes is {num_classes}; it must be a whole number, 1 or more.")
+        for name, alpha in (("mixup_alpha", mixup_alpha), ("cutmix_alpha", cutmix_alpha)):
+            if not (alpha >= 0 and math.isfinite(alpha)):
+                raise UserError(f"{name} is {alpha}; it must be 0 (off) or a positive number.")
+        for name, value in (("mixup prob", prob), ("mixup switch_prob", switch_prob)):
+            if not 0 <= value <= 1:
+                raise UserError(f"{name} is {value}; a probability must lie in 0..1.")
+        if not 0 <= smoothing < 1:
+            raise UserError(f"label smoothing is {smoothing}; it must lie in [0, 1).")
+        self.num_classes = int(num_classes)
+        self.mixup_alpha = mixup_alpha
+        self.cutmix_alpha = cutmix_alpha
+        self.prob = prob
+        self.switch_prob = switch_prob
+        self.smoothing = smoothing
+
+    @property
+    def mixes(self) -> bool:
+        return self.prob > 0 and (self.mixup_alpha > 0 or self.cutmix_alpha > 0)
+
+    def __call__(self, images: Tensor, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """(N, 3, H, W), (N,) int64 -> images (N, 3, H, W), targets (N, num_classes) float32.
+
+        A pure function of its arguments: `seed` (>= 0) decides everything random, and the images
+        passed in are never written to. Raises UserError for odd N when mixing is on.
+        """
+        if not self.mixes:
+            return images, self._smooth_one_hot(labels) if self.smoothing > 0 else labels
+        if len(images) % 2:
+            raise UserError(
+                f"mixup needs an even batch, got {len(images)} images: the middle one would be "
+                "mixed with itself. Use an even batch size and drop the last incomplete batch, or "
+                "switch mixing off with mixup and cutmix alpha 0."
+            )
+        # Drawn on the CPU by numpy: a draw on the GPU would have to be waited for.
+        lam, box = self.draw(np.random.Generator(np.random.PCG64(seed)), *images.shape[-2:])
+        one_hot = self._smooth_one_hot(labels)
+        if lam == 1:
+            return images, one_hot
+        targets = lam * one_hot + (1 - lam) * one_hot.flip(0)
+        if box is None:
+            return lam * images + (1 - lam) * images.flip(0), targets
+        window = (..., slice(box.top, box.bottom), slice(box.left, box.right))
+        mixed = images.clone()
+        mixed[window] = images[window].flip(0)
+        return mixed, targets
+
+    def draw(self, rng: np.random.Generator, height: int, width: int) -> tuple[float, Box | None]:
+        """lambda, the share of the image itself, and the box its partner fills (None = mixup)."""
+        if rng.random() >= self.prob:
+            return 1.0, None
+        cutmix_prob = self.switch_prob if self.mixup_alpha > 0 else 1.0
+        if self.cutmix_alpha > 0 and rng.random() < cutmix_prob:
+            box = draw_box(rng, rng.beta(self.cutmix_alpha, self.cutmix_alpha), height, width)
+            # The box may be cut off by the border, so lambda is what is really left.
+            area = (box.bottom - box.top) * (box.right - box.left)
+            return 1 - area / (height * width), box
+        return float(rng.beta(self.mixup_alpha, self.mixup_alpha)), None
+
+    def _smooth_one_hot(self, labels: Tensor) -> Tensor:
+        # Not F.one_hot: it reads the labels back to the CPU to check their range.
+        off = self.smoothing / self.num_classes
+        shape = (len(labels), self.num_classes)
+        targets = torch.full(shape, off, dtype=torch.float32, device=labels.device)
+        return targets.scatter_(1, labels.unsqueeze(1), 1 - self.smoothing + off)
+
+
+def draw_box(rng: np.random.Generator, lam: float, height: int, width: int) -> Box:
+    """A box of sides sqrt(1 - lam) around a uniformly drawn pixel, clipped at the border."""
+    share = math.sqrt(1 - lam)
+    half_height, half_width = int(height * share) // 2, int(width * share) // 2
+    y, x = int(rng.integers(height)), int(rng.integers(width))
+    return Box(
+        top=max(y - half_height, 0),
+        bottom=min(y + half_height, height),
+        left=max(x - half_width, 0),
+        right=min(x + half_width, width),
+    )

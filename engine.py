@@ -1,0 +1,263 @@
+"""One step, one epoch, one evaluation. Handed objects; knows no model and no loss by name."""
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from utils.distributed import rank, sum_over_ranks, world_size
+from utils.ema import ModelEma
+from utils.errors import NonFiniteLoss
+from utils.log import progress
+from utils.optim import set_hyperparameters
+from utils.rng import fold_seed
+
+
+class Meter:
+    """Means of scalars over an epoch, their sums kept on the device until asked for."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}  # float64: a resume must not change an epoch's mean
+        self.counts: dict[str, int] = {}
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0) + value.double()
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def means(self) -> dict[str, float]:
+        """Averages over the epoch so far and all processes. Waits for the device."""
+        return {name: total / self.counts[name] for name, total in self._global_sums().items()}
+
+    def _global_sums(self) -> dict[str, float]:
+        """Sums averaged over the processes; called by all of them."""
+        if not self.sums:
+            return {}
+        sums = torch.stack([value.cpu() for value in self.sums.values()])
+        return dict(zip(self.sums, (sum_over_ranks(sums) / world_size()).tolist()))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": self._global_sums(), "counts": dict(self.counts)}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        self.sums = {name: torch.tensor(value, dtype=torch.float64, device=device)
+                     for name, value in state["sums"].items()}
+        self.counts = dict(state["counts"])
+
+
+@dataclass
+class TrainState:
+    """All that a run is: what a checkpoint saves and what it restores are this one list."""
+
+    distiller: nn.Module  # the student and the losses, as checkpoints name their parameters
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    ema: ModelEma | None  # of the student
+    wrapped: nn.Module  # the distiller, in DistributedDataParallel when there are many processes
+    step: int = 0  # updates done
+    epoch: int = 0  # epochs done, their evaluation included
+    best: dict[str, float] = field(default_factory=dict)  # best_acc1, best_acc1_ema, percent
+    meter: Meter = field(default_factory=Meter)  # of the epoch in progress
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "model": self.distiller.student.state_dict(),
+            "losses": self.distiller.losses.state_dict(),
+            "model_ema": self.ema.model.state_dict() if self.ema else None,
+            "ema_updates": self.ema.num_updates if self.ema else 0,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "step": self.step,
+            "epoch": self.epoch,
+            "meter": self.meter.state_dict(),
+            **self.best,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.distiller.student.load_state_dict(state["model"])
+        self.distiller.losses.load_state_dict(state["losses"])
+        if self.ema:
+            self.ema.load_state_dict({"model": state["model_ema"],
+                                      "num_updates": state["ema_updates"]})
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.step, self.epoch = state["step"], state["epoch"]
+        self.meter.load_state_dict(state["meter"], next(self.distiller.parameters()).device)
+        self.best = {name: state[name] for name in self.best if name in state}
+
+
+class StepOptions(NamedTuple):
+    """How a step computes; nothing here depends on what is trained."""
+
+    device: torch.device
+    amp_dtype: torch.dtype | None  # None: float32 throughout
+    memory_format: torch.memory_format
+    accum_steps: int  # micro-batches per update
+    clip_grad: float | None  # largest L2 norm of the gradient; None: as it is
+    seed: int
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.amp_dtype or torch.bfloat16,
+                              enabled=self.amp_dtype is not None)
+
+    def to_device(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        images = images.to(self.device, non_blocking=True, memory_format=self.memory_format)
+        return images, labels.to(self.device, non_blocking=True)
+
+
+def train_one_epoch(state: TrainState, loader: Any, teacher: nn.Module | None, mix: Callable,
+                    schedule: Callable[[int], dict[str, float]], *, options: StepOptions,
+                    steps_per_epoch: int, print_every: int,
+                    after_update: Callable[[TrainState], bool]) -> dict[str, float] | None:
+    """Train epoch `state.epoch` from wherever `state.step` stands in it, to its end.
+
+    `mix(images, labels, seed)` -> (images, targets). `schedule(step)` -> lr and weight_decay.
+    `after_update(state)` returns True to stop early; the epoch then returns None, else the epoch's
+    means: raw loss terms, `loss` (their weighted sum), `grad_norm`, and `images_per_second`.
+    Raises NonFiniteLoss at the next print interval after a term became NaN or infinite.
+    """
+    state.wrapped.train()
+    done = state.step - state.epoch * steps_per_epoch
+    if done == 0:
+        state.meter = Meter()
+    batches = iter(loader.start_at(state.epoch, done * options.accum_steps))
+    start, num_images, checked_step = time.perf_counter(), 0, state.step
+    with progress(f"epoch {state.epoch}", steps_per_epoch, initial=done, unit="step") as bar:
+        for _ in range(done, steps_per_epoch):
+            values = schedule(state.step)
+            set_hyperparameters(state.optimizer, **values)
+            num_images += accumulate_gradients(state, batches, teacher, mix, options)
+            optimizer_update(state, options.clip_grad)
+            bar.update()
+            if state.step % print_every == 0:
+                means = checked_means(state, checked_step)
+                checked_step = state.step
+                bar.set_postfix_str(f"loss {means['loss']:.3f}, lr {values['lr']:.1e}")
+            if after_update(state):
+                return None
+    means = checked_means(state, checked_step)
+    seconds = time.perf_counter() - start
+    return {**means, "images_per_second": num_images * world_size() / seconds}
+
+
+def accumulate_gradients(state: TrainState, batches: Iterator, teacher: nn.Module | None,
+                         mix: Callable, options: StepOptions) -> int:
+    """Forward and backward of the micro-batches of one update; the number of images seen here."""
+    num_images = 0
+    for micro in range(options.accum_steps):
+        images, labels, _ = next(batches)
+        num_images += len(images)
+        images, labels = options.to_device(images, labels)
+        counters = (state.step, micro, rank())
+        images, targets = mix(images, labels, fold_seed(options.seed, "mixup", *counters))
+        torch.manual_seed(fold_seed(options.seed, "drop path", *counters))
+        is_last = micro + 1 == options.accum_steps
+        is_ddp = isinstance(state.wrapped, DistributedDataParallel)
+        with nullcontext() if is_last or not is_ddp else state.wrapped.no_sync():
+            with options.autocast():
+                teacher_output = teacher(images) if teacher is not None else None
+                total, terms = state.wrapped(images, targets, teacher_output)
+            state.scaler.scale(total / options.accum_steps).backward()
+        state.meter.add({**terms, "loss": total.detach()})
+    return num_images
+
+
+def optimizer_update(state: TrainState, clip_grad: float | None) -> None:
+    """Apply the accumulated gradients; the average follows the weights that the update made."""
+    state.scaler.unscale_(state.optimizer)
+    parameters = [p for p in state.distiller.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters])
+    if clip_grad is not None:
+        nn.utils.clip_grads_with_norm_(parameters, clip_grad, norm)
+    # A float16 overflow makes the scaler skip the update: it counts as norm 0 in the mean.
+    state.meter.add({"grad_norm": torch.where(norm.isfinite(), norm, 0)})
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.optimizer.zero_grad(set_to_none=True)
+    if state.ema is not None:
+        state.ema.update(state.distiller.student)
+    state.step += 1
+
+
+def checked_means(state: TrainState, checked_step: int) -> dict[str, float]:
+    """The epoch's means so far. Raises NonFiniteLoss when one of them is not a number; since means
+    are the same on all processes, all of them raise."""
+    means = state.meter.means()
+    wrong = [name for name, value in means.items() if not math.isfinite(value)]
+    if wrong:
+        values = ", ".join(f"{name} {value:.3g}" for name, value in means.items())
+        lr = max(group["lr"] for group in state.optimizer.param_groups)
+        raise NonFiniteLoss(
+            f"loss term {wrong[0]!r} became {means[wrong[0]]} between steps {checked_step} and "
+            f"{state.step} (means of the epoch: {values}; lr {lr:.1e}, gradient scale "
+            f"{state.scaler.get_scale():g}). The last checkpoint is from before it. Lower --lr, "
+            "set --clip-grad, or try --amp none.")
+    return means
+
+
+class Evaluation(NamedTuple):
+    """Percentages over all samples of all processes, and this process's per-sample results."""
+
+    acc1: float
+    acc5: float
+    loss: float  # mean cross-entropy
+    agreement: float | None  # with the reference's top-1
+    num_samples: int
+    samples: dict[str, Tensor]  # index (n,), label (n,), top5 (n, 5), prob (n,) of the first, on CPU
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, loader: Any, *, options: StepOptions, description: str = "evaluate",
+             reference: Tensor | None = None) -> Evaluation:
+    """Accuracy of `model` over every readable sample exactly once, whatever the processes.
+
+    `reference`: (data set size,) class predicted by another model, to count agreement with.
+    """
+    was_training = model.training
+    model.eval()
+    results = []
+    with progress(description, len(loader)) as bar:
+        for images, labels, indices in loader:
+            images, labels_there = options.to_device(images, labels)
+            with options.autocast():
+                output = model(images)
+            logits = output if isinstance(output, Tensor) else output.logits
+            results.append((indices, labels, *sample_results(logits, labels_there)))
+            bar.update()
+    model.train(was_training)
+    columns = [torch.cat(column).cpu() for column in zip(*results)] if results else _no_samples()
+    readable = columns[0] >= 0  # a negative index marks a picture that was skipped
+    index, label, top5, prob, loss = (column[readable] for column in columns)
+    hits = top5 == label[:, None]
+    agreeing = top5[:, 0] == reference[index] if reference is not None else torch.zeros(0)
+    counts = [len(index), hits[:, :1].sum(), hits.sum(), loss.double().sum(), agreeing.sum(),
+              (~readable).sum()]
+    total, first, five, loss_sum, agreed, skipped = sum_over_ranks(
+        torch.tensor(counts, dtype=torch.float64)).tolist()
+    assert total + skipped == loader.num_samples, (
+        f"evaluated {total:.0f} and skipped {skipped:.0f} of {loader.num_samples} samples")
+    samples = {"index": index, "label": label, "top5": top5, "prob": prob}
+    total = max(total, 1)
+    return Evaluation(100 * first / total, 100 * five / total, loss_sum / total,
+                      100 * agreed / total if reference is not None else None, int(total), samples)
+
+
+def sample_results(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Five best classes (N, 5), filled with -1 below five classes; probability of the first (N,);
+    cross-entropy (N,)."""
+    logits = logits.float()
+    prob, top = logits.softmax(1).topk(min(5, logits.shape[1]), dim=1)
+    top = F.pad(top, (0, 5 - top.shape[1]), value=-1)
+    return top, prob[:, 0], F.cross_entropy(logits, labels, reduction="none")
+
+
+def _no_samples() -> list[Tensor]:
+    """What a process has whose share of a tiny data set is empty."""
+    empty = torch.zeros(0, dtype=torch.long)
+    return [empty, empty, empty.view(0, 5), torch.zeros(0), torch.zeros(0)]

@@ -1,0 +1,56 @@
+"""The contract of every loss."""
+import torch
+from torch import Tensor, nn
+
+from models.base import FeatureInfo, ModelOutput
+from utils.errors import UserError
+from utils.registry import Registry
+
+LOSSES = Registry("loss", home="losses/__init__.py")
+register_loss = LOSSES.register
+
+
+class Loss(nn.Module):
+    """`loss(student, teacher, targets)` -> scalar; targets (N,) int64 or (N, K) float.
+
+    It is called with autocast off and must compute in float32 whatever its inputs' dtype. Nothing
+    of the teacher carries a gradient. What it learns itself (projections) are its parameters.
+    """
+
+    needs_teacher = True  # False: `teacher` may be None
+    trains_logits = True  # False: the student's head gets no gradient from this loss alone
+
+    def forward(self, student: ModelOutput, teacher: ModelOutput | None, targets: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+def hard_labels(targets: Tensor) -> Tensor:
+    """(N,) class indices; the arg-max class of mixed targets (N, K)."""
+    return targets if targets.dim() == 1 else targets.argmax(1)
+
+
+def create_loss(name: str, student_info: tuple[FeatureInfo, ...],
+                teacher_info: tuple[FeatureInfo, ...] | None = None, **options) -> Loss:
+    """The registered loss `name` for a pair of networks with these stages.
+
+    Raises UnknownName, or UserError for unknown options and for a missing teacher.
+    """
+    loss = LOSSES.create(name, student_info, teacher_info, **options)
+    if loss.needs_teacher and teacher_info is None:
+        raise UserError(f"loss {name!r} compares with a teacher, but there is none. "
+                        "Name one with --teacher, or train with --loss ce.")
+    return loss
+
+
+def list_losses() -> list[str]:
+    return LOSSES.names()
+
+
+def check_fraction(what: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise UserError(f"{what} must lie in [0, 1], got {value}.")
+
+
+def check_positive(what: str, value: float) -> None:
+    if not 0 < value < torch.inf:
+        raise UserError(f"{what} must be a positive number, got {value}.")

@@ -1,0 +1,120 @@
+"""ConvNeXt (Liu et al. 2022, arXiv 2201.03545), and the frame that SLaK shares with it.
+
+Module names are those of the published checkpoints (facebookresearch/ConvNeXt).
+"""
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from models.base import FeatureInfo, ModelOutput, VisionModel, register_model
+from models.layers import DropPath, LayerNorm2d, drop_path_rates
+
+TINY, SMALL = (3, 3, 9, 3), (3, 3, 27, 3)
+
+
+class ConvNeXtBlock(nn.Module):
+    """x + DropPath(gamma * MLP(LayerNorm(mix(x)))), the MLP on channels-last positions.
+
+    `mixer` is the depthwise part; it is registered as `mixer_name`, the checkpoint's name for it.
+    """
+
+    def __init__(self, dim: int, mixer_name: str, mixer: nn.Module, *, drop_path: float,
+                 layer_scale_init: float) -> None:
+        super().__init__()
+        self.mixer_name = mixer_name
+        # A non-positive start means no layer scale, as published.
+        self.gamma = None
+        if layer_scale_init > 0:
+            self.gamma = nn.Parameter(layer_scale_init * torch.ones(dim))
+        self.add_module(mixer_name, mixer)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.pwconv1 = nn.Linear(dim, 4 * dim)
+        self.act = nn.GELU()
+        self.pwconv2 = nn.Linear(4 * dim, dim)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = getattr(self, self.mixer_name)(x)
+        y = y.permute(0, 2, 3, 1)  # (N, C, H, W) -> (N, H, W, C)
+        y = self.pwconv2(self.act(self.pwconv1(self.norm(y))))
+        if self.gamma is not None:
+            y = self.gamma * y
+        return x + self.drop_path(y.permute(0, 3, 1, 2))
+
+
+class ConvNeXtFrame(VisionModel):
+    """Stem, four stages of blocks with down-sampling between them, pooled norm and head.
+
+    `make_block(stage, dim, drop_path)` builds a block; `dims` are the final widths.
+    """
+
+    def __init__(self, num_classes: int, depths: Sequence[int], dims: Sequence[int],
+                 make_block: Callable[[int, int, float], nn.Module], *, drop_path: float,
+                 head_init_scale: float) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.depths = tuple(depths)
+        self.feature_info = tuple(FeatureInfo(dim, 4 * 2 ** i) for i, dim in enumerate(dims))
+        stem = nn.Sequential(nn.Conv2d(3, dims[0], 4, stride=4), LayerNorm2d(dims[0], eps=1e-6))
+        self.downsample_layers = nn.ModuleList([stem])
+        for narrow, wide in zip(dims[:-1], dims[1:]):
+            self.downsample_layers.append(nn.Sequential(
+                LayerNorm2d(narrow, eps=1e-6), nn.Conv2d(narrow, wide, 2, stride=2)))
+        rates = iter(drop_path_rates(drop_path, sum(depths)))
+        self.stages = nn.ModuleList(
+            nn.Sequential(*[make_block(stage, dim, next(rates)) for _ in range(depth)])
+            for stage, (depth, dim) in enumerate(zip(depths, dims)))
+        self.norm = nn.LayerNorm(dims[-1], eps=1e-6)
+        self.head = nn.Linear(dims[-1], num_classes)
+        self.apply(_init_weights)
+        self.head.weight.data.mul_(head_init_scale)
+        self.head.bias.data.mul_(head_init_scale)
+
+    def forward_with_features(self, images: Tensor) -> ModelOutput:
+        features = []
+        x = images
+        for downsample, stage in zip(self.downsample_layers, self.stages):
+            x = stage(downsample(x))
+            features.append(x)
+        return ModelOutput(self.head(self.norm(x.mean((2, 3)))), features)
+
+    def layer_ids(self) -> dict[str, int]:
+        """The published assignment: 12 groups and the head, written for 27 blocks in stage 3."""
+        return {name: _layer_id(name, self.depths) for name, _ in self.named_parameters()}
+
+
+def _layer_id(name: str, depths: Sequence[int]) -> int:
+    parts = name.split(".")
+    if parts[0] not in ("downsample_layers", "stages"):
+        return 13
+    stage = int(parts[1])
+    if parts[0] == "downsample_layers":
+        return (0, 2, 3, 12)[stage]
+    return 3 + int(parts[2]) // 3 if stage == 2 else (1, 2, None, 12)[stage]
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, (nn.Conv2d, nn.Linear)):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+@register_model("convnext_nano", depths=(1, 1, 3, 1), dims=(24, 48, 96, 192))
+@register_model("convnext_t", depths=TINY, dims=(96, 192, 384, 768))
+@register_model("convnext_s", depths=SMALL, dims=(96, 192, 384, 768))
+@register_model("convnext_b", depths=SMALL, dims=(128, 256, 512, 1024))
+class ConvNeXt(ConvNeXtFrame):
+    """The original ConvNeXt: depthwise 7x7 with bias and no BatchNorm."""
+
+    def __init__(self, num_classes: int = 1000, depths: Sequence[int] = TINY,
+                 dims: Sequence[int] = (96, 192, 384, 768), layer_scale_init: float = 1e-6,
+                 drop_path: float = 0.0, head_init_scale: float = 1.0) -> None:
+        def make_block(stage: int, dim: int, rate: float) -> nn.Module:
+            dwconv = nn.Conv2d(dim, dim, 7, padding=3, groups=dim)
+            return ConvNeXtBlock(dim, "dwconv", dwconv, drop_path=rate,
+                                 layer_scale_init=layer_scale_init)
+
+        super().__init__(num_classes, depths, dims, make_block, drop_path=drop_path,
+                         head_init_scale=head_init_scale)

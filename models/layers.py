@@ -1,0 +1,37 @@
+"""Building blocks that several networks share."""
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """LayerNorm over the channels of (N, C, H, W), at every position by itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 2, 3, 1)  # (N, C, H, W) -> (N, H, W, C); free in channels-last memory
+        x = F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+        return x.permute(0, 3, 1, 2)
+
+
+class DropPath(nn.Module):
+    """Drop the whole residual branch of a sample with probability `drop_prob` while training, and
+    scale the kept ones by 1 / (1 - drop_prob) (stochastic depth, arXiv 1603.09382)."""
+
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.drop_prob == 0:
+            return x
+        keep_prob = 1 - self.drop_prob
+        shape = (len(x),) + (1,) * (x.dim() - 1)
+        return x * torch.rand(shape, device=x.device).lt(keep_prob).to(x.dtype) / keep_prob
+
+    def extra_repr(self) -> str:
+        return f"{self.drop_prob:.3f}"
+
+
+def drop_path_rates(final: float, num_blocks: int) -> list[float]:
+    """Rates growing linearly from 0 at the first block to `final` at the last."""
+    return [final * i / max(num_blocks - 1, 1) for i in range(num_blocks)]

@@ -1,0 +1,132 @@
+"""Weights from files and addresses: read safely, loaded strictly, refused with a readable diff."""
+import urllib.error
+import urllib.parse
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from utils.checkpoint import load_file
+from utils.errors import UserError
+
+# Containers that published files keep their weights in, in the order they are looked for.
+CONTAINERS = ("model", "state_dict", "model_ema", "state_dict_ema")
+PREFIXES = ("module.", "student.", "backbone.")
+# Computed, not learned: ignored in a file and never required.
+COMPUTED = ("relative_position_index", "attn_mask")
+
+_SURF = "https://surfdrive.surf.nl/files/index.php/s/{}/download"
+_DRIVE = "https://drive.usercontent.google.com/download?id={}&export=download&confirm=t"
+_META = "https://dl.fbaipublicfiles.com/convnext/convnext_{}_1k_224_ema.pth"
+_TORCHVISION = "https://download.pytorch.org/models/{}.pth"
+
+
+class Published(NamedTuple):
+    url: str
+    top1: float | None  # ImageNet-1K, as its publisher states it
+
+
+# ImageNet-1K weights by registered model name, default options. The torchvision addresses carry
+# the start of their sha256, which is checked.
+PUBLISHED = {
+    "slak_t": Published(_DRIVE.format("1Iut2f5FMS_77jGPYoUJDQzDIXOsax1u4"), 82.5),
+    "slak_s": Published(_DRIVE.format("1etM6KQbnlsgDAZ37adsQJ3UI8Bbv2AVe"), 83.8),
+    "slak_b": Published(_DRIVE.format("1duUxUD3RSblQ6eDHd0n-u0aulwGypf1j"), 84.0),
+    "convnext_t_bn": Published(_SURF.format("cR6KLvxjlUshUQA"), 83.1),
+    "convnext_s_bn": Published(_SURF.format("PYqL3rVff3Nu2sP"), 84.3),
+    "convnext_t": Published(_META.format("tiny"), 82.1),
+    "convnext_s": Published(_META.format("small"), 83.1),
+    "convnext_b": Published(_META.format("base"), 83.8),
+    "resnet18": Published(_TORCHVISION.format("resnet18-f37072fd"), 69.758),
+    "resnet34": Published(_TORCHVISION.format("resnet34-b627a593"), 73.314),
+    "resnet50": Published(_TORCHVISION.format("resnet50-11ad3fa6"), 80.858),
+    "resnet101": Published(_TORCHVISION.format("resnet101-cd907fc2"), 81.886),
+    "swin_t": Published(_TORCHVISION.format("swin_t-704ceda3"), 81.474),
+    "vit_b": Published(_TORCHVISION.format("vit_b_16-c867db91"), 81.072),
+}
+
+
+def published_source(model_name: str) -> str:
+    """The address of the published weights of a registered model."""
+    if model_name not in PUBLISHED:
+        raise UserError(f"no published weights are known for {model_name!r} (known: "
+                        f"{', '.join(PUBLISHED)}). Pass a file or an address, or the word random.")
+    return PUBLISHED[model_name].url
+
+
+def load_weights(model: nn.Module, source: str | Path, key: str | None = None) -> None:
+    """Load a file or an address strictly into `model`.
+
+    `key` names the container to take (`model`, `model_ema`, ...); by default the first that is
+    there. Raises UserError with what is missing, unexpected or of another shape.
+    """
+    state = read_state_dict(local_file(source), key)
+    state = {name: value for name, value in state.items() if not name.endswith(COMPUTED)}
+    wanted = {name: value for name, value in model.state_dict().items()
+              if not name.endswith(COMPUTED)}
+    difference = describe_difference(state, wanted)
+    if difference:
+        raise UserError(f"{source} does not fit {type(model).__name__}: {difference} "
+                        "Check the model's name and options.")
+    model.load_state_dict(state, strict=False)  # strict but for the computed buffers, see above
+
+
+def read_state_dict(path: Path, key: str | None = None) -> dict[str, Tensor]:
+    """The state dict in a file, without the prefix of a wrapper. Runs no code from the file."""
+    content = load_file(path)
+    containers = [name for name in CONTAINERS if isinstance(content.get(name), dict)]
+    if key is not None and key not in containers:
+        raise UserError(f"{path} has no weights under {key!r}; it has "
+                        f"{', '.join(containers) or 'a bare state dict'}.")
+    state = content[key or containers[0]] if containers else content
+    state = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    if not state:
+        raise UserError(f"{path} holds no weights: expected a state dict, or one under "
+                        f"{', '.join(CONTAINERS)}; got the keys {', '.join(list(content)[:8])}.")
+    for prefix in PREFIXES:
+        if all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return state
+
+
+def describe_difference(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> str:
+    """What separates two state dicts, in a sentence each; empty when they fit."""
+    shapes = [f"{name} {tuple(got[name].shape)} instead of {tuple(wanted[name].shape)}"
+              for name in wanted if name in got and got[name].shape != wanted[name].shape]
+    groups = {"missing": [name for name in wanted if name not in got],
+              "unexpected": [name for name in got if name not in wanted],
+              "of another shape": shapes}
+    sentences = []
+    for what, names in groups.items():
+        if names:
+            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+            sentences.append(f"{len(names)} {what} ({', '.join(names[:4])}{more}).")
+    return " ".join(sentences)
+
+
+def local_file(source: str | Path) -> Path:
+    """`source` itself when it is a path; an address is downloaded once into torch.hub's cache."""
+    if not str(source).startswith(("http://", "https://")):
+        return Path(source)
+    url = str(source)
+    parts = urllib.parse.urlparse(url)
+    query = urllib.parse.parse_qs(parts.query)
+    name = Path(parts.path).name
+    # A share's address ends in /download; its token names the file.
+    if name == "download":
+        name = (query.get("id") or [Path(parts.path).parts[-2]])[0] + ".pth"
+    path = Path(torch.hub.get_dir()) / "checkpoints" / name
+    if not path.exists():
+        _download(url, path)
+    return path
+
+
+def _download(url: str, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    hashed = torch.hub.HASH_REGEX.search(path.name)
+    try:
+        torch.hub.download_url_to_file(url, str(path), hashed.group(1) if hashed else None)
+    except (urllib.error.URLError, OSError, RuntimeError) as error:
+        raise UserError(f"could not fetch {url} ({error}). Fetch it by hand and pass the file's "
+                        f"path, or put it at {path}.") from None

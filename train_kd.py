@@ -1,0 +1,538 @@
+"""Distil a large-kernel (or any) teacher into a small-kernel student, or train without a teacher.
+
+    torchrun --nproc_per_node=8 train_kd.py --teacher slak_t --student resnet50 --data-path IMAGENET
+
+The defaults are the published ImageNet recipe. `--config run_scripts/recipes/NAME.yaml` sets
+others; the command line wins.
+"""
+import argparse
+import math
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import data
+import engine
+import losses
+import models
+from models.distiller import Distiller
+from models.teacher import FrozenTeacher
+from models.weights import load_weights, local_file, published_source
+from utils import checkpoint, config, distributed, optim
+from utils.ema import ModelEma
+from utils.errors import UserError
+from utils.log import RunLog, say
+from utils.registry import parse_spec
+from utils.rng import fold_seed
+
+AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# What a resumed run may change: where and how it runs and reports, not what it computes. How many
+# processes share an effective batch is free as long as the product is the same.
+FREE_ON_RESUME = frozenset({
+    "config", "output_dir", "resume", "auto_resume", "device", "num_workers", "print_every",
+    "save_freq", "save_num", "save_every_steps", "tensorboard", "skip_bad_images", "data_path",
+    "student_weights", "compile", "channels_last", "batch_size", "accum_steps", "world_size"})
+
+
+def build_parser() -> config.Parser:
+    parser = config.Parser(prog="train_kd.py", description=__doc__.split("\n")[0])
+    group = parser.add_argument_group("what is trained (NAME [key=value ...])")
+    group.add_argument("--teacher", nargs="+", default=["none"], metavar="NAME",
+                       help="none, or one of: " + ", ".join(models.list_models()))
+    group.add_argument("--teacher-weights", default="published", metavar="SOURCE",
+                       help="path, URL, published, or random")
+    group.add_argument("--student", nargs="+", default=["resnet50"], metavar="NAME",
+                       help="same names as --teacher")
+    group.add_argument("--student-weights", default="random", metavar="SOURCE",
+                       help="start from: path, URL, published, or random")
+    group.add_argument("--loss", nargs="+", action="append", metavar="NAME",
+                       help="may be repeated; weight=1 and the loss's own options; one of: "
+                       + ", ".join(losses.list_losses()) + " (default: nkd; ce without a teacher)")
+    _add_data_flags(parser)
+    _add_optimisation_flags(parser)
+    _add_run_flags(parser)
+    return parser
+
+
+def _add_data_flags(parser: config.Parser) -> None:
+    group = parser.add_argument_group("data and augmentation")
+    flag = group.add_argument
+    flag("--data-set", nargs="+", default=["imagefolder"], metavar="NAME",
+         help="imagefolder, cifar100, or outlines (embedded), with key=value options")
+    flag("--data-path", default=None, help="folder that holds train/ and val/")
+    flag("--input-size", type=int, default=224, help="pixels")
+    flag("--crop-pct", type=float, default=None, help="evaluation crop; by default 224/256")
+    flag("--scale", type=float, nargs=2, default=[0.08, 1.0], help="area of the random crop")
+    flag("--ratio", type=float, nargs=2, default=[3 / 4, 4 / 3], help="aspect of the random crop")
+    flag("--hflip", type=float, default=0.5, help="probability of a horizontal flip")
+    flag("--aa", default="rand-m9-mstd0.5-inc1", help="RandAugment policy, or none")
+    flag("--reprob", type=float, default=0.25, help="probability of random erasing")
+    flag("--mixup", type=float, default=0.8, help="mixup alpha, 0 = off")
+    flag("--cutmix", type=float, default=1.0, help="cutmix alpha, 0 = off")
+    flag("--mixup-prob", type=float, default=1.0, help="probability to mix a batch")
+    flag("--mixup-switch-prob", type=float, default=0.5, help="share of cutmix where both are on")
+    flag("--smoothing", type=float, default=0.1, help="label smoothing of the targets")
+    flag("--num-workers", type=int, default=10, help="loader processes per training process")
+    flag("--skip-bad-images", action=argparse.BooleanOptionalAction, default=False,
+         help="count and report unreadable pictures instead of stopping")
+
+
+def _add_optimisation_flags(parser: config.Parser) -> None:
+    group = parser.add_argument_group("optimisation")
+    flag = group.add_argument
+    flag("--epochs", type=int, default=300, help="epochs")
+    flag("--batch-size", type=int, default=64, help="images per process and micro-batch")
+    flag("--effective-batch", type=int, default=4096, help="images per update, over all processes")
+    flag("--accum-steps", "--update-freq", type=int, default=None,
+         help="micro-batches per update; by default what --effective-batch needs")
+    flag("--lr", type=float, default=4e-3, help="peak learning rate, not scaled with the batch")
+    flag("--min-lr", type=float, default=1e-6, help="where the cosine ends")
+    flag("--warmup-epochs", type=float, default=20, help="linear warm-up from 0, in epochs")
+    flag("--warmup-steps", type=int, default=None, help="the same in updates; wins")
+    flag("--weight-decay", type=float, default=0.05, help="AdamW's, not on 1-D parameters")
+    flag("--weight-decay-end", type=float, default=None, help="cosine towards it; default constant")
+    flag("--layer-decay", type=float, default=1.0, help="layer-wise learning rate decay, 1 = off")
+    flag("--opt-betas", type=float, nargs=2, default=[0.9, 0.999], help="AdamW's")
+    flag("--opt-eps", type=float, default=1e-8, help="AdamW's")
+    flag("--clip-grad", type=float, default=None, help="largest gradient norm; default: no limit")
+    flag("--model-ema", action=argparse.BooleanOptionalAction, default=False,
+         help="keep and evaluate an average of the student's weights")
+    flag("--model-ema-decay", type=float, default=0.9999, help="per update")
+    flag("--model-ema-warmup", action=argparse.BooleanOptionalAction, default=False,
+         help="start with a smaller decay; for short runs")
+    flag("--seed", type=int, default=0, help="of everything random")
+
+
+def _add_run_flags(parser: config.Parser) -> None:
+    group = parser.add_argument_group("running, saving, resuming")
+    flag = group.add_argument
+    flag("--output-dir", type=Path, default=Path("runs"), help="parent of the run's own folder")
+    flag("--resume", type=Path, default=None, metavar="FILE", help="continue this checkpoint")
+    flag("--auto-resume", action=argparse.BooleanOptionalAction, default=True,
+         help="continue the run folder's checkpoint-last.pth, unless --resume is given")
+    flag("--save-freq", type=int, default=10, help="epochs between numbered checkpoints, 0 = none")
+    flag("--save-num", type=int, default=3, help="numbered checkpoints to keep, 0 = all")
+    flag("--save-every-steps", type=int, default=0,
+         help="updates between checkpoint-last.pth within an epoch, 0 = at its end only")
+    flag("--print-every", type=int, default=50, help="updates between looks at the loss")
+    flag("--tensorboard", action=argparse.BooleanOptionalAction, default=False,
+         help="write events beside log.txt (needs the package tensorboard)")
+    flag("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to train")
+    flag("--amp", choices=["auto", *AMP_DTYPES], default="auto",
+         help="mixed precision; auto: bf16 on a GPU that has it, else none")
+    flag("--channels-last", action=argparse.BooleanOptionalAction, default=True,
+         help="memory layout of maps and convolutions")
+    flag("--compile", action=argparse.BooleanOptionalAction, default=False,
+         help="torch.compile of student and teacher")
+
+
+class Parts(NamedTuple):
+    """Everything a run is made of, built and checked before any training time is spent."""
+
+    teacher: FrozenTeacher | None
+    state: engine.TrainState
+    train: data.Loader
+    val: data.Loader
+    mix: data.Mixup
+    options: engine.StepOptions
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0 when the run is complete, 143 when it was asked to stop, 2 for an error of the user's."""
+    try:
+        return run(build_parser().parse(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        print(f"train_kd.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("train_kd.py: interrupted; what was saved before is kept.", file=sys.stderr)
+        return 130
+    finally:
+        distributed.shutdown()
+
+
+def run(args: argparse.Namespace) -> int:
+    device = distributed.setup(args.device)
+    check_ranges(args)
+    resolve_defaults(args, device)
+    name, options = parse_spec(args.data_set, "--data-set")
+    sources = [data.create_dataset(name, split, args.data_path, **options)
+               for split in ("train", "val")]
+    data.check_same_classes(*sources)
+    args.num_classes, args.train_size = len(sources[0].classes), len(sources[0])
+    resolve_batch(args)
+    schedule = build_schedule(args)
+    folder = args.output_dir / run_name(args)
+    saved = find_checkpoint(args, folder)
+    parts = build_parts(args, device, sources, load_student=saved is None)
+    if saved is not None:
+        parts.state.load_state_dict(saved)
+    log = start_folder(args, folder)
+    describe_run(args, parts, folder, resumed=saved is not None)
+    return train(args, parts, schedule, folder, log)
+
+
+def check_ranges(args: argparse.Namespace) -> None:
+    smallest = {"epochs": 1, "batch_size": 1, "effective_batch": 1, "accum_steps": 1, "lr": 0,
+                "min_lr": 0, "warmup_epochs": 0, "warmup_steps": 0, "weight_decay": 0,
+                "num_workers": 0, "print_every": 1, "save_freq": 0, "save_num": 0,
+                "save_every_steps": 0, "input_size": 1, "clip_grad": 0, "seed": 0}
+    for name, limit in smallest.items():
+        value = getattr(args, name)
+        if value is not None and not limit <= value < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {limit}, got {value}.")
+    if not 0 <= args.model_ema_decay < 1:
+        raise UserError(f"--model-ema-decay must lie in [0, 1), got {args.model_ema_decay}.")
+
+
+def resolve_defaults(args: argparse.Namespace, device: torch.device) -> None:
+    """Replace what depends on the machine or on other flags by its value, for the record."""
+    if args.loss is None:
+        args.loss = [["ce"]] if args.teacher[0] == "none" else [["nkd"]]
+    if args.amp == "auto":
+        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        args.amp = "bf16" if has_bf16 else "none"
+    args.num_workers = min(args.num_workers, os.cpu_count() or 1)
+    args.world_size = distributed.world_size()
+
+
+def resolve_batch(args: argparse.Namespace) -> None:
+    """Settle accumulation, effective batch and updates per epoch."""
+    per_micro_step = args.batch_size * args.world_size
+    product = f"{args.world_size} process(es) x {args.batch_size} images"
+    if args.accum_steps is None:
+        args.accum_steps, rest = divmod(args.effective_batch, per_micro_step)
+        if rest or not args.accum_steps:
+            raise UserError(f"--effective-batch {args.effective_batch} is not a multiple of "
+                            f"{product} = {per_micro_step}. Change --batch-size or "
+                            "--effective-batch, or set --accum-steps.")
+    effective = per_micro_step * args.accum_steps
+    if "effective_batch" in args.given and effective != args.effective_batch:
+        raise UserError(f"--effective-batch {args.effective_batch} contradicts {product} x "
+                        f"--accum-steps {args.accum_steps} = {effective}. Leave one of them out.")
+    args.effective_batch = effective
+    args.steps_per_epoch = args.train_size // effective
+    if args.steps_per_epoch == 0:
+        raise UserError(f"the training set has {args.train_size} images, fewer than one effective "
+                        f"batch of {effective}. Lower --effective-batch (and --batch-size).")
+    if args.batch_size % 2 and args.mixup_prob > 0 and args.mixup + args.cutmix > 0:
+        raise UserError(f"mixup and cutmix pair the images of a batch, so --batch-size must be "
+                        f"even; got {args.batch_size}.")
+
+
+def build_schedule(args: argparse.Namespace) -> Callable[[int], dict[str, float]]:
+    """update -> learning rate and weight decay."""
+    total = args.epochs * args.steps_per_epoch
+    if args.warmup_steps is None:
+        args.warmup_steps = int(args.warmup_epochs * args.steps_per_epoch)
+    lr = optim.cosine_schedule(args.lr, args.min_lr, total, args.warmup_steps)
+    final_decay = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
+    weight_decay = optim.cosine_schedule(args.weight_decay, final_decay, total)
+    return lambda step: {"lr": lr(step), "weight_decay": weight_decay(step)}
+
+
+def run_name(args: argparse.Namespace) -> str:
+    """teacher-student-loss-epochs, each with the options given to it, and the seed unless 0."""
+    words = [args.teacher, args.student, [word for loss in args.loss for word in loss]]
+    parts = ["_".join(part) for part in words] + [f"{args.epochs}ep"]
+    if args.seed:
+        parts.append(f"seed{args.seed}")
+    return re.sub(r"[^\w.-]+", ".", "-".join(parts).replace("=", ""))
+
+
+# What a run starts from:
+# 1. --resume FILE;
+# 2. without it, the run folder's own checkpoint-last.pth, unless --no-auto-resume;
+# 3. without either, --student-weights;
+# 4. without that, random weights.
+# --teacher-weights has no part in it. Nothing already in the folder is ever overwritten by a run
+# that does not continue it.
+def find_checkpoint(args: argparse.Namespace, folder: Path) -> dict[str, Any] | None:
+    """The checkpoint to continue, checked against the command line; None for a new run."""
+    last = folder / "checkpoint-last.pth"
+    if args.resume is not None:
+        if last.exists() and args.resume.resolve().parent != folder.resolve():
+            raise UserError(f"{folder} holds another run, which --resume {args.resume} would "
+                            "overwrite. Set another --output-dir.")
+        path = args.resume
+    elif not last.exists():
+        return None
+    elif args.auto_resume:
+        path = last
+    else:
+        raise UserError(f"{folder} already holds a run. Leave out --no-auto-resume to continue it, "
+                        "or set another --output-dir.")
+    saved = checkpoint.load_file(path)
+    if "optimizer" not in saved or not isinstance(saved.get("args"), dict):
+        raise UserError(f"{path} is not a checkpoint of this program's training. Weights alone are "
+                        "loaded with --student-weights.")
+    changes = checkpoint.describe_changes(saved["args"], config.plain(args), FREE_ON_RESUME)
+    if changes:
+        raise UserError(f"{path} is from a run with other settings ({'; '.join(changes)}). Repeat "
+                        "its settings to continue it, or set another --output-dir.")
+    return saved
+
+
+def build_parts(args: argparse.Namespace, device: torch.device, sources: list,
+                load_student: bool) -> Parts:
+    torch.manual_seed(fold_seed(args.seed, "student"))
+    student = build_model(args.student, "--student", args.num_classes,
+                          args.student_weights if load_student else "random")
+    teacher = build_teacher(args, student)
+    options = engine.StepOptions(
+        device=device, amp_dtype=AMP_DTYPES[args.amp], accum_steps=args.accum_steps,
+        memory_format=torch.channels_last if args.channels_last else torch.contiguous_format,
+        clip_grad=args.clip_grad, seed=args.seed)
+    distiller = Distiller(student, *build_losses(args, student, teacher))
+    if teacher is not None:
+        teacher.to(device)
+    train, val = build_loaders(args, sources, student, pin_memory=device.type == "cuda")
+    mix = data.Mixup(args.num_classes, mixup_alpha=args.mixup, cutmix_alpha=args.cutmix,
+                     prob=args.mixup_prob, switch_prob=args.mixup_switch_prob,
+                     smoothing=args.smoothing)
+    if args.compile and teacher is not None:
+        teacher.compile()
+    return Parts(teacher, build_state(args, distiller, options), train, val, mix, options)
+
+
+def build_model(words: list[str], flag: str, num_classes: int, weights: str) -> models.VisionModel:
+    name, options = parse_spec(words, flag)
+    model = models.create_model(name, num_classes, **options)
+    if weights == "random":
+        return model
+    source = published_source(name) if weights == "published" else weights
+    if distributed.is_main():
+        local_file(source)  # one process downloads
+    distributed.barrier()
+    try:
+        load_weights(model, source)
+    except UserError as error:
+        raise UserError(f"{flag}-weights: {error}") from None
+    return model
+
+
+def build_teacher(args: argparse.Namespace, student: models.VisionModel) -> FrozenTeacher | None:
+    if args.teacher == ["none"]:
+        return None
+    torch.manual_seed(fold_seed(args.seed, "teacher"))
+    model = build_model(args.teacher, "--teacher", args.num_classes, args.teacher_weights)
+    return FrozenTeacher(model, student.input_mean, student.input_std)
+
+
+def build_losses(args: argparse.Namespace, student: models.VisionModel,
+                 teacher: FrozenTeacher | None) -> tuple[dict, dict]:
+    """The loss modules and their weights, by name."""
+    torch.manual_seed(fold_seed(args.seed, "losses"))
+    modules, weights = {}, {}
+    for words in args.loss:
+        name, options = parse_spec(words, "--loss")
+        if name in modules:
+            raise UserError(f"--loss {name} is given twice; give it once with all its options.")
+        weights[name] = options.pop("weight", 1.0)
+        if isinstance(weights[name], bool) or not isinstance(weights[name], (int, float)):
+            raise UserError(f"--loss {name} weight must be a number, got {weights[name]!r}.")
+        modules[name] = losses.create_loss(name, student.feature_info,
+                                           teacher and teacher.feature_info, **options)
+    if not any(loss.trains_logits for loss in modules.values()):
+        raise UserError(f"--loss {' '.join(modules)} alone leaves the student's head untrained. "
+                        "Add --loss ce, kd or nkd.")
+    if teacher is not None and not any(loss.needs_teacher for loss in modules.values()):
+        raise UserError(f"--teacher {args.teacher[0]} is not used by --loss {' '.join(modules)}. "
+                        "Add a loss that compares with it, or set --teacher none.")
+    return modules, weights
+
+
+def build_loaders(args: argparse.Namespace, sources: list, student: models.VisionModel,
+                  pin_memory: bool) -> tuple[data.Loader, data.Loader]:
+    stats = {"mean": student.input_mean, "std": student.input_std}
+    train_transform = data.train_transform(
+        args.input_size, **stats, auto_augment=args.aa, random_erasing_prob=args.reprob,
+        scale=args.scale, ratio=args.ratio, hflip_prob=args.hflip)
+    val_transform = data.eval_transform(args.input_size, **stats, crop_pct=args.crop_pct)
+    common = {"num_workers": args.num_workers, "skip_bad_images": args.skip_bad_images,
+              "pin_memory": pin_memory}
+    train = data.train_loader(sources[0], train_transform, batch_size=args.batch_size,
+                              num_batches=args.steps_per_epoch * args.accum_steps, seed=args.seed,
+                              **common)
+    # No gradients are kept, so half as many images more fit, as in the published runs.
+    val = data.eval_loader(sources[1], val_transform, batch_size=max(1, args.batch_size * 3 // 2),
+                           **common)
+    return train, val
+
+
+def build_state(args: argparse.Namespace, distiller: Distiller,
+                options: engine.StepOptions) -> engine.TrainState:
+    device = options.device
+    if distributed.world_size() > 1 and device.type == "cuda":
+        # It needs CUDA; on the CPU each process keeps the statistics of its own batch.
+        distiller = nn.SyncBatchNorm.convert_sync_batchnorm(distiller)
+    distiller.to(device, memory_format=options.memory_format)
+    groups = optim.parameter_groups(distiller, args.weight_decay, args.layer_decay)
+    ema = None
+    if args.model_ema:
+        ema = ModelEma(distiller.student, args.model_ema_decay, args.model_ema_warmup)
+    if args.compile:
+        distiller.compile()  # in place: names in the state dict stay as they are
+    wrapped = distiller
+    if distributed.world_size() > 1:
+        wrapped = DistributedDataParallel(
+            distiller, device_ids=[device.index] if device.type == "cuda" else None,
+            gradient_as_bucket_view=True)
+    return engine.TrainState(
+        distiller=distiller, wrapped=wrapped, ema=ema,
+        optimizer=optim.build_adamw(groups, lr=args.lr, betas=tuple(args.opt_betas),
+                                    eps=args.opt_eps),
+        scaler=torch.amp.GradScaler(device.type, enabled=args.amp == "fp16"),
+        best={"best_acc1": 0.0, **({"best_acc1_ema": 0.0} if ema else {})})
+
+
+def start_folder(args: argparse.Namespace, folder: Path) -> RunLog:
+    if distributed.is_main():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            config.write_run_files(folder, args)
+        except OSError as error:
+            raise UserError(f"cannot write to the run folder {folder}: {error}.") from None
+    distributed.barrier()
+    return RunLog(folder, args.tensorboard)
+
+
+def describe_run(args: argparse.Namespace, parts: Parts, folder: Path, resumed: bool) -> None:
+    """Print what will run, with the arithmetic of batch, rate and steps."""
+    student = parts.state.distiller.student
+    who = [("student", args.student, student, args.student_weights)]
+    if parts.teacher is not None:
+        who.insert(0, ("teacher", args.teacher, parts.teacher, args.teacher_weights))
+    for role, words, model, weights in who:
+        stages = " | ".join(f"{channels}x{math.ceil(args.input_size / stride)}^2"
+                            for channels, stride in model.feature_info)
+        say(f"{role}: {' '.join(words)}, weights {weights}, {model.num_parameters:,} parameters, "
+            f"stages {stages}")
+    weights = parts.state.distiller.weights
+    say("loss: " + " + ".join(f"{weights[words[0]]:g} x {' '.join(words)}" for words in args.loss))
+    say(f"effective batch {args.effective_batch} = {args.world_size} process(es) x "
+        f"{args.batch_size} images x {args.accum_steps} accumulated")
+    total = args.epochs * args.steps_per_epoch
+    say(f"{args.train_size:,} images // {args.effective_batch} = {args.steps_per_epoch} updates "
+        f"per epoch, {total:,} in {args.epochs} epochs; {parts.val.num_samples:,} images to "
+        "evaluate on")
+    say(f"learning rate 0 -> {args.lr:g} in {args.warmup_steps:,} updates, then cosine to "
+        f"{args.min_lr:g}; {parts.options.device}, precision {args.amp}")
+    state = parts.state
+    say(f"run folder {folder}" + (f", continued at epoch {state.epoch}, update {state.step:,}"
+                                  if resumed else ""))
+
+
+def train(args: argparse.Namespace, parts: Parts, schedule: Callable, folder: Path,
+          log: RunLog) -> int:
+    """All remaining epochs; the exit code."""
+    state = parts.state
+    if state.epoch >= args.epochs:
+        say(f"nothing to do: all {args.epochs} epochs are done. Set another --output-dir to train "
+            "again.")
+        return 0
+    stop = distributed.StopRequest()
+    reference = teacher_predictions(parts)
+
+    def after_update(state: engine.TrainState) -> bool:
+        is_stopping = stop.agreed()
+        if is_stopping or (args.save_every_steps and state.step % args.save_every_steps == 0):
+            engine.checked_means(state, state.epoch * args.steps_per_epoch)  # never save a NaN
+            save(args, state, folder, ["checkpoint-last.pth"])
+        return is_stopping
+
+    while state.epoch < args.epochs:
+        means = engine.train_one_epoch(
+            state, parts.train, parts.teacher, parts.mix, schedule, options=parts.options,
+            steps_per_epoch=args.steps_per_epoch, print_every=args.print_every,
+            after_update=after_update)
+        if means is None:
+            say(f"stopped on request at update {state.step:,}; everything is in {folder}. The same "
+                "command continues it.")
+            return 143
+        record = finish_epoch(args, parts, means, reference)
+        record["train_lr"] = schedule(state.step - 1)["lr"]
+        log.write(record)
+        save(args, state, folder, checkpoint_names(args, state, record))
+        if state.epoch < args.epochs and stop.agreed():
+            say(f"stopped on request after epoch {state.epoch - 1}; the same command continues.")
+            return 143
+    stop.restore()
+    say(f"done: best top-1 {state.best['best_acc1']:.2f} %; checkpoints and log.txt in {folder}")
+    return 0
+
+
+def teacher_predictions(parts: Parts) -> torch.Tensor | None:
+    """The teacher's class for every validation image of this process, computed once."""
+    if parts.teacher is None:
+        return None
+    result = engine.evaluate(parts.teacher, parts.val, options=parts.options,
+                             description="teacher")
+    say(f"teacher: top-1 {result.acc1:.2f} %, top-5 {result.acc5:.2f} % on the "
+        f"{result.num_samples:,} validation images, at the student's input size")
+    predictions = torch.full((parts.val.num_samples,), -1)
+    predictions[result.samples["index"]] = result.samples["top5"][:, 0]
+    return predictions
+
+
+def finish_epoch(args: argparse.Namespace, parts: Parts, means: dict[str, float],
+                 reference: torch.Tensor | None) -> dict[str, Any]:
+    """Evaluate, advance the state by an epoch, and return its line of log.txt."""
+    state = parts.state
+    speed = means.pop("images_per_second")
+    record = {"epoch": state.epoch, **{f"train_{name}": value for name, value in means.items()}}
+    networks = {"": state.distiller.student}
+    if state.ema is not None:
+        networks["_ema"] = state.ema.model
+    for suffix, network in networks.items():
+        result = engine.evaluate(network, parts.val, options=parts.options, reference=reference)
+        record |= {f"test_loss{suffix}": result.loss, f"test_acc1{suffix}": result.acc1,
+                   f"test_acc5{suffix}": result.acc5}
+        if reference is not None:
+            record[f"agreement{suffix}"] = result.agreement
+        best = f"best_acc1{suffix}"
+        record[f"is_best{suffix}"] = result.acc1 > state.best[best]
+        state.best[best] = max(result.acc1, state.best[best])
+    record["n_parameters"] = state.distiller.student.num_parameters
+    record["images_per_second"] = speed
+    state.epoch += 1
+    shown = ", ".join(f"{key.removeprefix('test_')} {record[key]:.2f}" for key in record
+                      if key.startswith(("test_acc1", "agreement")))
+    say(f"epoch {record['epoch']}: train loss {record['train_loss']:.3f}, {shown}, "
+        f"{speed:.0f} images/s")
+    return record
+
+
+def checkpoint_names(args: argparse.Namespace, state: engine.TrainState,
+                     record: dict[str, Any]) -> list[str]:
+    """The files that this epoch's state goes to."""
+    names = ["checkpoint-last.pth"]
+    if args.save_freq and (state.epoch % args.save_freq == 0 or state.epoch == args.epochs):
+        names.append(f"checkpoint-{state.epoch - 1}.pth")
+    return names + [f"checkpoint-best{suffix.replace('_', '-')}.pth" for suffix in ("", "_ema")
+                    if record.get(f"is_best{suffix}")]
+
+
+def save(args: argparse.Namespace, state: engine.TrainState, folder: Path,
+         names: list[str]) -> None:
+    """Write the whole state to each of `names`. Called by all processes; the first one writes."""
+    content = state.state_dict()
+    if distributed.is_main():
+        content |= {"args": config.plain(args),
+                    "git": checkpoint.git_revision(Path(__file__).parent)}
+        for name in names:
+            checkpoint.save_atomically(content, folder / name)
+        checkpoint.keep_last(folder, "checkpoint-[0-9]*.pth", args.save_num)
+    distributed.barrier()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""One process or many, started by torchrun; every function also works with one."""
+import os
+import signal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def setup(device: str) -> torch.device:
+    """Join torchrun's processes, if there are any, and return this process's device.
+
+    `device` is auto, cpu or cuda. CPU tensors travel through gloo, CUDA tensors through NCCL.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if device == "cuda":
+        torch.cuda.set_device(local_rank)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend)
+    return torch.device(device, local_rank if device == "cuda" else None)
+
+
+def shutdown() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.all_reduce(torch.zeros(1))  # on the CPU; NCCL's own barrier would need a device
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The element-wise sum over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather_objects(value: object) -> list:
+    """`value` of every process, in rank order, on every process."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+class StopRequest:
+    """SIGTERM or SIGINT as a wish to stop after the current update, the same on all processes.
+
+    A second signal acts as usual, for whoever cannot wait.
+    """
+
+    def __init__(self) -> None:
+        self.signal_name: str | None = None
+        self._previous = {number: signal.signal(number, self._note)
+                          for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def _note(self, number: int, frame: object) -> None:
+        self.signal_name = signal.Signals(number).name
+        self.restore()
+
+    def restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def agreed(self) -> bool:
+        """Whether any process was asked to stop. To be called by all, once per update; four bytes
+        through gloo, so the GPU is not waited for."""
+        asked = torch.tensor([float(self.signal_name is not None)])
+        return sum_over_ranks(asked).item() > 0

@@ -1,0 +1,57 @@
+"""What a run says while it runs: progress, one JSON object per epoch, TensorBoard."""
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from utils.distributed import is_main
+from utils.errors import UserError
+
+
+def say(message: str) -> None:
+    """Print on the first process only, above a progress bar if there is one."""
+    if is_main():
+        tqdm.write(message, file=sys.stdout)
+        sys.stdout.flush()
+
+
+def progress(description: str, total: int, *, initial: int = 0, unit: str = "batch") -> tqdm:
+    """A bar on the first process; a line now and then where standard error is no terminal."""
+    interactive = sys.stderr.isatty()
+    return tqdm(desc=description, total=total, initial=initial, unit=unit,
+                disable=not is_main(), dynamic_ncols=interactive, leave=not interactive,
+                mininterval=0.5 if interactive else 20, maxinterval=1 if interactive else 60)
+
+
+class RunLog:
+    """log.txt, one JSON object per epoch, and TensorBoard events beside it if asked for."""
+
+    def __init__(self, folder: Path, tensorboard: bool) -> None:
+        self.path = folder / "log.txt"
+        self.writer = _summary_writer(folder) if tensorboard and is_main() else None
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append a record; an epoch that is repeated after a resume replaces its old line."""
+        if not is_main():
+            return
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        kept = [line for line in lines if json.loads(line)["epoch"] < record["epoch"]]
+        temporary = self.path.with_name("log.txt.tmp")
+        temporary.write_text("\n".join([*kept, json.dumps(record)]) + "\n")
+        temporary.replace(self.path)
+        if self.writer is not None:
+            for key, value in record.items():
+                if isinstance(value, (int, float)):
+                    self.writer.add_scalar(key, value, record["epoch"])
+            self.writer.flush()
+
+
+def _summary_writer(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard, "
+                        "or leave the flag out.") from None
+    return SummaryWriter(str(folder / "tensorboard"))

@@ -1,0 +1,70 @@
+"""Parameter groups, schedules and the optimizer of the recipe."""
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from utils.errors import UserError
+
+
+def parameter_groups(model: nn.Module, weight_decay: float,
+                     layer_decay: float = 1.0) -> list[dict]:
+    """Groups with `weight_decay`, `decays`, `lr_scale`, `names` and `params`, in order of first
+    appearance.
+
+    No decay for 1-D parameters, names ending in .bias and what `model.no_weight_decay()` names.
+    With `layer_decay` below 1 the rate of a parameter is scaled by layer_decay ** (last - id), its
+    id from `model.layer_ids()`.
+    """
+    if not 0 < layer_decay <= 1:
+        raise UserError(f"--layer-decay must lie in (0, 1], got {layer_decay}.")
+    exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
+    ids = model.layer_ids() if layer_decay < 1 else {}
+    last = max(ids.values(), default=0)
+    groups: dict[tuple[bool, int], dict] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        is_exempt = parameter.dim() <= 1 or name.endswith(".bias") or name in exempt
+        depth = ids.get(name, last)
+        group = groups.setdefault((is_exempt, depth), {
+            "weight_decay": 0.0 if is_exempt else weight_decay, "decays": not is_exempt,
+            "lr_scale": layer_decay ** (last - depth), "names": [], "params": []})
+        group["names"].append(name)
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def build_adamw(groups: list[dict], *, lr: float, betas: tuple[float, float],
+                eps: float) -> torch.optim.AdamW:
+    """AdamW over `parameter_groups`; the fused kernel where the parameters' device has it."""
+    device = groups[0]["params"][0].device.type
+    fields = [{key: value for key, value in group.items() if key != "names"} for group in groups]
+    return torch.optim.AdamW(fields, lr=lr, betas=betas, eps=eps, fused=device == "cuda")
+
+
+def cosine_schedule(base: float, final: float, total_steps: int,
+                    warmup_steps: int = 0) -> Callable[[int], float]:
+    """step -> value: linear from exactly 0 to `base` over the warm-up, both ends included, then
+    half a cosine towards `final`, reached one step after the last (the published schedule)."""
+    if not 0 <= warmup_steps <= total_steps:
+        raise UserError(f"the warm-up of {warmup_steps} updates is longer than the run of "
+                        f"{total_steps}; lower --warmup-epochs or --warmup-steps.")
+
+    def value(step: int) -> float:
+        if step < warmup_steps:
+            return base * step / max(warmup_steps - 1, 1)
+        progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
+        return final + 0.5 * (base - final) * (1 + math.cos(math.pi * progress))
+
+    return value
+
+
+def set_hyperparameters(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
+    """Apply the schedules' values: every group its scaled rate, and `weight_decay` where the group
+    decays at all."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+        if group["decays"]:
+            group["weight_decay"] = weight_decay

@@ -1,0 +1,109 @@
+"""Named builders, and the `name key=value ...` options that reach them from the command line."""
+import difflib
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from utils.errors import UnknownName, UserError
+
+_WORDS = {"true": True, "false": False, "none": None}
+
+
+class Registry:
+    """Builders by name. One class may be registered under many names with different defaults:
+
+        @models.register("resnet18", block="basic", depths=(2, 2, 2, 2))
+        @models.register("resnet34", block="basic", depths=(3, 4, 6, 3))
+        class ResNet(VisionModel): ...
+    """
+
+    def __init__(self, kind: str, home: str) -> None:
+        self.kind, self.home = kind, home
+        self._entries: dict[str, tuple[Callable, dict[str, Any]]] = {}
+
+    def register(self, name: str, **defaults: Any) -> Callable:
+        assert name not in self._entries, f"{self.kind} {name!r} is registered twice"
+
+        def decorator(builder: Callable) -> Callable:
+            self._entries[name] = (builder, defaults)
+            return builder
+
+        return decorator
+
+    def names(self) -> list[str]:
+        return sorted(self._entries)
+
+    def create(self, name: str, *args: Any, **options: Any) -> Any:
+        """Build `name`; `options` win over its registered defaults.
+
+        Raises UnknownName for an unregistered name, UserError for an unknown or ill-typed option.
+        """
+        builder, defaults = self._lookup(name)
+        parameters = inspect.signature(builder).parameters
+        positional = list(parameters)[:len(args)]
+        known = [key for key in parameters if key not in positional]
+        for key, value in options.items():
+            if key not in known:
+                raise UserError(f"unknown option {key!r} of {self.kind} {name!r}. "
+                                f"Known: {', '.join(known) or 'none'}.{did_you_mean(key, known)}")
+            _check_type(f"option {key!r} of {self.kind} {name!r}", value, parameters[key])
+        return builder(*args, **{**defaults, **options})
+
+    def _lookup(self, name: str) -> tuple[Callable, dict[str, Any]]:
+        if name not in self._entries:
+            raise UnknownName(f"unknown {self.kind} {name!r}. Known: {', '.join(self.names())}."
+                              f"{did_you_mean(name, self.names())} "
+                              f"{self.kind.capitalize()} names are registered in {self.home}.")
+        return self._entries[name]
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """' Did you mean ...?' when a known word is near, else an empty string."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def parse_value(text: str) -> Any:
+    """'1e-3' -> float, '7' -> int, 'true' -> bool, 'none' -> None, '31,29,5' -> tuple, else str."""
+    if "," in text:
+        return tuple(parse_value(part) for part in text.split(",") if part)
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def parse_spec(words: list[str], flag: str) -> tuple[str, dict[str, Any]]:
+    """['slak_t', 'drop_path=0.1'] -> ('slak_t', {'drop_path': 0.1})."""
+    if not words or "=" in words[0]:
+        raise UserError(f"{flag} needs a name first, then key=value options; got {words}.")
+    options = {}
+    for word in words[1:]:
+        key, separator, value = word.partition("=")
+        if not separator or not key or not value:
+            raise UserError(f"{flag} {words[0]}: {word!r} is not an option of the form key=value.")
+        options[key.replace("-", "_")] = parse_value(value)
+    return words[0], options
+
+
+def _check_type(what: str, value: Any, parameter: inspect.Parameter) -> None:
+    """Numbers where the default or the annotation is a number, and so on; nothing is converted."""
+    expected = {int: (int,), float: (int, float), bool: (bool,), str: (str,),
+                tuple: (tuple, list, int)}.get(_plain_type(parameter))
+    is_bool = isinstance(value, bool)
+    if expected and (not isinstance(value, expected) or (is_bool and bool not in expected)):
+        wanted = " or ".join(kind.__name__ for kind in expected)
+        raise UserError(f"{what} must be {wanted}, got {value!r}.")
+
+
+def _plain_type(parameter: inspect.Parameter) -> type | None:
+    """`int` for `int`, `tuple` for `tuple[int, ...]` and `Sequence[int]`; None when it is open."""
+    annotation = parameter.annotation
+    if annotation in (int, float, bool, str, tuple):
+        return annotation
+    origin = getattr(annotation, "__origin__", None)
+    return tuple if origin in (tuple, list) or "Sequence" in str(origin) else None
