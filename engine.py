@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from utils.distributed import rank, sum_over_ranks, world_size
+from utils.distributed import gather_objects, rank, sum_over_ranks, world_size
 from utils.ema import ModelEma
 from utils.errors import NonFiniteLoss
 from utils.log import progress
@@ -25,11 +25,26 @@ class Meter:
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}  # float64: a resume must not change an epoch's mean
         self.counts: dict[str, int] = {}
+        self.failed_at: dict[str, Tensor] = {}  # first update with a NaN or infinity, else inf
 
-    def add(self, values: dict[str, Tensor]) -> None:
+    def add(self, values: dict[str, Tensor], step: int) -> None:
+        """Add a value each. One that is not finite adds nothing, and its step is remembered."""
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0) + value.double()
+            value = value.double()
+            is_good = value.isfinite()
+            failed_at = torch.where(is_good, math.inf, float(step))
+            self.sums[name] = self.sums.get(name, 0) + torch.where(is_good, value, 0)
             self.counts[name] = self.counts.get(name, 0) + 1
+            self.failed_at[name] = torch.minimum(self.failed_at.get(name, failed_at), failed_at)
+
+    def first_failure(self) -> tuple[float, str] | None:
+        """The first step and name, on any process, of a value that was not finite."""
+        local = [(step.item(), name) for name, step in self.failed_at.items()
+                 if math.isfinite(step.item())]
+        if not sum_over_ranks(torch.tensor([float(len(local))])).item():
+            return None
+        everywhere = [failure for share in gather_objects(local) for failure in share]
+        return min(everywhere, key=lambda failure: failure[0])
 
     def means(self) -> dict[str, float]:
         """Averages over the epoch so far and all processes. Waits for the device."""
@@ -127,7 +142,7 @@ def train_one_epoch(state: TrainState, loader: Any, teacher: nn.Module | None, m
     if done == 0:
         state.meter = Meter()
     batches = iter(loader.start_at(state.epoch, done * options.accum_steps))
-    start, num_images, checked_step = time.perf_counter(), 0, state.step
+    start, num_images = time.perf_counter(), 0
     with progress(f"epoch {state.epoch}", steps_per_epoch, initial=done, unit="step") as bar:
         for _ in range(done, steps_per_epoch):
             values = schedule(state.step)
@@ -136,12 +151,11 @@ def train_one_epoch(state: TrainState, loader: Any, teacher: nn.Module | None, m
             optimizer_update(state, options.clip_grad)
             bar.update()
             if state.step % print_every == 0:
-                means = checked_means(state, checked_step)
-                checked_step = state.step
+                means = checked_means(state)
                 bar.set_postfix_str(f"loss {means['loss']:.3f}, lr {values['lr']:.1e}")
             if after_update(state):
                 return None
-    means = checked_means(state, checked_step)
+    means = checked_means(state)
     seconds = time.perf_counter() - start
     return {**means, "images_per_second": num_images * world_size() / seconds}
 
@@ -164,7 +178,7 @@ def accumulate_gradients(state: TrainState, batches: Iterator, teacher: nn.Modul
                 teacher_output = teacher(images) if teacher is not None else None
                 total, terms = state.wrapped(images, targets, teacher_output)
             state.scaler.scale(total / options.accum_steps).backward()
-        state.meter.add({**terms, "loss": total.detach()})
+        state.meter.add({**terms, "loss": total.detach()}, state.step)
     return num_images
 
 
@@ -176,7 +190,7 @@ def optimizer_update(state: TrainState, clip_grad: float | None) -> None:
     if clip_grad is not None:
         nn.utils.clip_grads_with_norm_(parameters, clip_grad, norm)
     # A float16 overflow makes the scaler skip the update: it counts as norm 0 in the mean.
-    state.meter.add({"grad_norm": torch.where(norm.isfinite(), norm, 0)})
+    state.meter.add({"grad_norm": torch.where(norm.isfinite(), norm, 0)}, state.step)
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
@@ -185,17 +199,18 @@ def optimizer_update(state: TrainState, clip_grad: float | None) -> None:
     state.step += 1
 
 
-def checked_means(state: TrainState, checked_step: int) -> dict[str, float]:
-    """The epoch's means so far. Raises NonFiniteLoss when one of them is not a number; since means
-    are the same on all processes, all of them raise."""
+def checked_means(state: TrainState) -> dict[str, float]:
+    """The epoch's means so far. Raises NonFiniteLoss, on all processes, when any value since the
+    epoch's start was NaN or infinite."""
     means = state.meter.means()
-    wrong = [name for name, value in means.items() if not math.isfinite(value)]
-    if wrong:
-        values = ", ".join(f"{name} {value:.3g}" for name, value in means.items())
+    failure = state.meter.first_failure()
+    if failure is not None:
+        step, name = failure
+        values = ", ".join(f"{key} {value:.4g}" for key, value in means.items())
         lr = max(group["lr"] for group in state.optimizer.param_groups)
         raise NonFiniteLoss(
-            f"loss term {wrong[0]!r} became {means[wrong[0]]} between steps {checked_step} and "
-            f"{state.step} (means of the epoch: {values}; lr {lr:.1e}, gradient scale "
+            f"loss term {name!r} became NaN or infinite at update {step:.0f}, noticed at update "
+            f"{state.step} (finite means of the epoch: {values}; lr {lr:.1e}, gradient scale "
             f"{state.scaler.get_scale():g}). The last checkpoint is from before it. Lower --lr, "
             "set --clip-grad, or try --amp none.")
     return means
@@ -209,7 +224,7 @@ class Evaluation(NamedTuple):
     loss: float  # mean cross-entropy
     agreement: float | None  # with the reference's top-1
     num_samples: int
-    samples: dict[str, Tensor]  # index (n,), label (n,), top5 (n, 5), prob (n,) of the first, on CPU
+    samples: dict[str, Tensor]  # on the CPU: index (n,), label (n,), top5 (n, 5), prob (n,)
 
 
 @torch.no_grad()

@@ -7,7 +7,6 @@ others; the command line wins.
 """
 import argparse
 import math
-import os
 import re
 import sys
 from collections.abc import Callable
@@ -177,7 +176,8 @@ def run(args: argparse.Namespace) -> int:
         parts.state.load_state_dict(saved)
     log = start_folder(args, folder)
     describe_run(args, parts, folder, resumed=saved is not None)
-    return train(args, parts, schedule, folder, log)
+    with distributed.StopRequest() as stop:
+        return train(args, parts, schedule, folder, log, stop)
 
 
 def check_ranges(args: argparse.Namespace) -> None:
@@ -200,7 +200,6 @@ def resolve_defaults(args: argparse.Namespace, device: torch.device) -> None:
     if args.amp == "auto":
         has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
         args.amp = "bf16" if has_bf16 else "none"
-    args.num_workers = min(args.num_workers, os.cpu_count() or 1)
     args.world_size = distributed.world_size()
 
 
@@ -432,20 +431,19 @@ def describe_run(args: argparse.Namespace, parts: Parts, folder: Path, resumed: 
 
 
 def train(args: argparse.Namespace, parts: Parts, schedule: Callable, folder: Path,
-          log: RunLog) -> int:
+          log: RunLog, stop: distributed.StopRequest) -> int:
     """All remaining epochs; the exit code."""
     state = parts.state
     if state.epoch >= args.epochs:
         say(f"nothing to do: all {args.epochs} epochs are done. Set another --output-dir to train "
             "again.")
         return 0
-    stop = distributed.StopRequest()
     reference = teacher_predictions(parts)
 
     def after_update(state: engine.TrainState) -> bool:
         is_stopping = stop.agreed()
         if is_stopping or (args.save_every_steps and state.step % args.save_every_steps == 0):
-            engine.checked_means(state, state.epoch * args.steps_per_epoch)  # never save a NaN
+            engine.checked_means(state)  # never save a NaN
             save(args, state, folder, ["checkpoint-last.pth"])
         return is_stopping
 
@@ -465,7 +463,6 @@ def train(args: argparse.Namespace, parts: Parts, schedule: Callable, folder: Pa
         if state.epoch < args.epochs and stop.agreed():
             say(f"stopped on request after epoch {state.epoch - 1}; the same command continues.")
             return 143
-    stop.restore()
     say(f"done: best top-1 {state.best['best_acc1']:.2f} %; checkpoints and log.txt in {folder}")
     return 0
 

@@ -1,8 +1,8 @@
 """Data sets, transforms, mixup, samplers, loaders."""
-from data.datasets import check_same_classes, create_dataset
+from data.datasets import ImageSource, check_same_classes, create_dataset
 from data.loader import Loader, eval_loader, train_loader
 from data.mixup import Mixup
 from data.transforms import eval_transform, train_transform
 
-__all__ = ["Loader", "Mixup", "check_same_classes", "create_dataset", "eval_loader",
+__all__ = ["ImageSource", "Loader", "Mixup", "check_same_classes", "create_dataset", "eval_loader",
            "eval_transform", "train_loader", "train_transform"]

@@ -1,4 +1,5 @@
 """Batches for training and for evaluation, each sample's randomness a function of its key."""
+import os
 import signal
 from collections.abc import Callable, Iterator
 
@@ -83,14 +84,15 @@ class EvalKeys:
 class Loader:
     """Iterates over (images, labels, indices) of the batches that `keys` names.
 
-    An unreadable picture ends the run with its name unless `skip_bad_images`; then it is counted in
-    `num_bad`, reported once, and marked by a negative index.
+    An unreadable picture ends the run with its name unless `skip_bad_images`; then it is reported
+    once and marked by a negative index. More workers than processor cores are not started.
     """
 
     def __init__(self, samples: Samples, keys: TrainKeys | EvalKeys, *, num_workers: int,
                  skip_bad_images: bool = False, pin_memory: bool = False) -> None:
         self.samples, self.keys, self.skip_bad_images = samples, keys, skip_bad_images
         self.bad: set[int] = set()
+        num_workers = min(num_workers, os.cpu_count() or 1)
         extra = {"persistent_workers": True, "prefetch_factor": 4} if num_workers else {}
         self.loader = DataLoader(samples, batch_sampler=keys, num_workers=num_workers,
                                  pin_memory=pin_memory, worker_init_fn=_ignore_interrupt, **extra)

@@ -15,14 +15,16 @@ SPLITS = ("train", "val")
 
 # All lengths are pixels of a 64-pixel image; other sizes scale them.
 REFERENCE_SIZE = 64
-PERIMETER = (100.0, 150.0)
+PERIMETER = (105.0, 145.0)
 SPACING = (7.5, 9.5)  # between neighbouring dots along the outline
 RADIUS = (1.3, 1.9)  # one per image
 JITTER = 0.5  # standard deviation of a dot's place around the outline
 MARGIN = 3.0  # no dot's centre is nearer to the border
-NUM_DISTRACTORS = (4, 9)  # dots anywhere, both ends included
-STRETCH = 0.12  # one axis is longer by up to this share, the other shorter
-NOISE = 24  # the background's noise is uniform in +-NOISE grey levels
+NUM_DISTRACTORS = (5, 9)  # dots anywhere, both ends included
+TURN = np.pi  # an outline is turned by up to this angle, either way, and mirrored half the time
+STRETCH = 0.1  # one axis is longer by up to this share, the other shorter
+GROUND, COLOUR = (0, 80), (160, 255)  # grey levels, drawn for each channel
+NOISE = 12  # the noise on everything is uniform in +-NOISE grey levels
 
 POINTS_PER_OUTLINE = 512
 
@@ -125,8 +127,8 @@ class Outlines:
         at = (np.arange(num_dots) / num_dots + rng.random()) % 1
         dots = perimeter * curve[(at * POINTS_PER_OUTLINE).astype(int)]
         stretch = 1 + STRETCH * rng.uniform(-1, 1)
-        first, second = rng.uniform(0, 2 * np.pi, 2)
-        dots = dots @ _rotation(first) * (stretch, 1 / stretch) @ _rotation(second)
+        mirror = rng.choice((-1, 1))
+        dots = dots * (mirror * stretch, 1 / stretch) @ _rotation(rng.uniform(-TURN, TURN))
         dots += rng.normal(0, JITTER, dots.shape)
         low, high = MARGIN - dots.min(0), REFERENCE_SIZE - MARGIN - dots.max(0)
         dots += low + (high - low) * rng.random(2)
@@ -141,8 +143,7 @@ def _rotation(angle: float) -> np.ndarray:
 
 
 def _paint(rng: np.random.Generator, dots: np.ndarray, radius: float, size: int) -> np.ndarray:
-    """(size, size, 3) uint8: anti-aliased discs of one colour on a noisy ground of another, light
-    on dark or dark on light."""
+    """(size, size, 3) uint8: anti-aliased discs of one colour on a noisy darker ground."""
     reach = int(np.ceil(radius + 0.5))
     window = np.arange(-reach, reach + 1)
     middle = np.floor(dots).astype(int)
@@ -152,9 +153,7 @@ def _paint(rng: np.random.Generator, dots: np.ndarray, radius: float, size: int)
     cover = np.zeros((size, size), dtype=np.float32)
     np.maximum.at(cover, (pixels[:, 1, :, None], pixels[:, 0, None, :]),
                   np.clip(radius + 0.5 - distance, 0, 1))
-    ground, colour = rng.uniform(30, 100, 3), rng.uniform(150, 225, 3)
-    if rng.random() < 0.5:
-        ground, colour = 255 - ground, 255 - colour
+    ground, colour = rng.uniform(*GROUND, 3), rng.uniform(*COLOUR, 3)
     noise = np.frombuffer(rng.bytes(size * size * 3), np.uint8).reshape(size, size, 3)
     image = ground.astype(np.float32) + cover[:, :, None] * (colour - ground).astype(np.float32)
     image += noise * np.float32(2 * NOISE / 255) - np.float32(NOISE)

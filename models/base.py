@@ -20,7 +20,7 @@ class FeatureInfo(NamedTuple):
 
 class ModelOutput(NamedTuple):
     logits: Tensor  # (N, num_classes), before softmax
-    features: list[Tensor]  # (N, C_i, H / stride_i, W / stride_i) per stage; the head pools the last
+    features: list[Tensor]  # per stage, (N, C_i, H / stride_i, W / stride_i); the last is pooled
 
 
 class VisionModel(nn.Module):

@@ -68,6 +68,7 @@ def load_weights(model: nn.Module, source: str | Path, key: str | None = None) -
     difference = describe_difference(state, wanted)
     if difference:
         raise UserError(f"{source} does not fit {type(model).__name__}: {difference} "
+                        f"{_class_hint(state, wanted, getattr(model, 'num_classes', None))}"
                         "Check the model's name and options.")
     model.load_state_dict(state, strict=False)  # strict but for the computed buffers, see above
 
@@ -103,6 +104,15 @@ def describe_difference(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> st
             more = f" and {len(names) - 4} more" if len(names) > 4 else ""
             sentences.append(f"{len(names)} {what} ({', '.join(names[:4])}{more}).")
     return " ".join(sentences)
+
+
+def _class_hint(got: dict[str, Tensor], wanted: dict[str, Tensor], num_classes: int | None) -> str:
+    """A sentence when the file and the model differ in the number of classes."""
+    for name, value in wanted.items():
+        shapes = (value.shape, got[name].shape if name in got else value.shape)
+        if shapes[0] != shapes[1] and shapes[0][1:] == shapes[1][1:] and len(value) == num_classes:
+            return f"The file is for {len(got[name])} classes, the data has {num_classes}. "
+    return ""
 
 
 def local_file(source: str | Path) -> Path:

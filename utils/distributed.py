@@ -62,26 +62,26 @@ def gather_objects(value: object) -> list:
 
 
 class StopRequest:
-    """SIGTERM or SIGINT as a wish to stop after the current update, the same on all processes.
-
-    A second signal acts as usual, for whoever cannot wait.
+    """SIGTERM or SIGINT, inside `with`, as a wish to stop after the current update, the same on all
+    processes. A second signal acts as usual, for whoever cannot wait.
     """
 
-    def __init__(self) -> None:
-        self.signal_name: str | None = None
+    def __enter__(self) -> "StopRequest":
+        self._is_asked = False
         self._previous = {number: signal.signal(number, self._note)
                           for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
 
-    def _note(self, number: int, frame: object) -> None:
-        self.signal_name = signal.Signals(number).name
-        self.restore()
-
-    def restore(self) -> None:
+    def __exit__(self, *exception: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+    def _note(self, number: int, frame: object) -> None:
+        self._is_asked = True
+        self.__exit__()
 
     def agreed(self) -> bool:
         """Whether any process was asked to stop. To be called by all, once per update; four bytes
         through gloo, so the GPU is not waited for."""
-        asked = torch.tensor([float(self.signal_name is not None)])
+        asked = torch.tensor([float(self._is_asked)])
         return sum_over_ranks(asked).item() > 0

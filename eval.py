@@ -1,0 +1,191 @@
+"""Evaluate a checkpoint of this project, or published weights.
+
+    python eval.py --checkpoint runs/slak_t-resnet50-nkd-300ep/checkpoint-best.pth --data-path DIR
+    python eval.py --model convnext_t --weights published --data-path DIR
+    torchrun --nproc_per_node=8 eval.py ...          # the same numbers, faster
+"""
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import data
+import engine
+import models
+from analysis.complexity import count_macs
+from models.weights import load_weights, local_file, published_source
+from utils import checkpoint, config, distributed
+from utils.errors import UserError
+from utils.log import say
+from utils.registry import parse_spec
+
+AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def build_parser() -> config.Parser:
+    parser = config.Parser(prog="eval.py", description=__doc__.split("\n")[0])
+    flag = parser.add_argument
+    flag("--checkpoint", type=Path, metavar="FILE",
+         help="a checkpoint of train_kd.py; it knows its model, data set and input size")
+    flag("--model", nargs="+", metavar="NAME", help="NAME [key=value ...], with --weights; one of: "
+         + ", ".join(models.list_models()))
+    flag("--weights", metavar="SOURCE", help="path, URL or published")
+    flag("--weights-key", default=None, help="model, or model_ema for the averaged weights")
+    flag("--num-classes", type=int, default=1000, help="classes of --weights")
+    flag("--data-set", nargs="+", default=None, metavar="NAME",
+         help="by default the checkpoint's, else imagefolder")
+    flag("--data-path", default=None, help="folder that holds val/")
+    flag("--input-size", type=int, default=None, help="by default the checkpoint's, else 224 px")
+    flag("--crop-pct", type=float, default=None, help="by default the checkpoint's, else 224/256")
+    flag("--batch-size", type=int, default=96, help="images per process")
+    flag("--num-workers", type=int, default=10, help="loader processes per process")
+    flag("--skip-bad-images", action=argparse.BooleanOptionalAction, default=False,
+         help="leave unreadable pictures out of the count instead of stopping")
+    flag("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to run")
+    flag("--amp", choices=list(AMP_DTYPES), default="none", help="mixed precision")
+    flag("--predictions", type=Path, metavar="NPZ", help="save what was predicted for every image")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        return run(build_parser().parse(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        print(f"eval.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("eval.py: interrupted.", file=sys.stderr)
+        return 130
+    finally:
+        distributed.shutdown()
+
+
+def run(args: argparse.Namespace) -> int:
+    device = distributed.setup(args.device)
+    check_flags(args)
+    model = checkpoint_model(args) if args.checkpoint else named_model(args)
+    source = build_source(args, model)
+    macs = count_macs(model, args.input_size)
+    say(f"{model.num_parameters:,} parameters, {macs / 1e9:.3f} G multiply-accumulates at "
+        f"{args.input_size} px")
+    num_parameters = model.num_parameters
+    model = model.eval().fold().to(device, memory_format=torch.channels_last)
+    options = engine.StepOptions(device=device, amp_dtype=AMP_DTYPES[args.amp], accum_steps=1,
+                                 memory_format=torch.channels_last, clip_grad=None, seed=0)
+    transform = data.eval_transform(args.input_size, mean=model.input_mean, std=model.input_std,
+                                    crop_pct=args.crop_pct)
+    loader = data.eval_loader(source, transform, batch_size=args.batch_size,
+                              num_workers=args.num_workers, skip_bad_images=args.skip_bad_images,
+                              pin_memory=device.type == "cuda")
+    start = time.perf_counter()
+    result = engine.evaluate(model, loader, options=options)
+    seconds = time.perf_counter() - start
+    say(report(result, num_parameters, macs, result.num_samples / seconds,
+               throughput(model, options, args.input_size, args.batch_size), args.batch_size))
+    if args.predictions:
+        save_predictions(result, source, args.predictions)
+    return 0
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    if (args.checkpoint is None) == (args.model is None):
+        raise UserError("give either --checkpoint FILE, or --model NAME with --weights SOURCE.")
+    if args.model and not args.weights:
+        raise UserError("--model needs --weights: a path, a URL, or the word published.")
+    if args.checkpoint and (args.weights or "num_classes" in args.given):
+        raise UserError("--checkpoint knows its weights and classes; leave out --weights and "
+                        "--num-classes, or use --model NAME --weights FILE.")
+    if args.batch_size < 1 or args.num_workers < 0:
+        raise UserError("--batch-size must be at least 1 and --num-workers at least 0.")
+    if args.predictions and (args.predictions.suffix != ".npz" or args.predictions.is_dir()
+                             or not args.predictions.absolute().parent.is_dir()):
+        raise UserError(f"--predictions {args.predictions} must be a file name ending in .npz in a "
+                        "folder that exists.")
+
+
+def checkpoint_model(args: argparse.Namespace) -> models.VisionModel:
+    """The student of a training checkpoint; fills in the flags that were not given."""
+    trained = checkpoint.load_file(args.checkpoint).get("args")
+    if not isinstance(trained, dict) or "student" not in trained:
+        raise UserError(f"{args.checkpoint} does not say which model it holds. Evaluate it with "
+                        "--model NAME --weights FILE.")
+    for name in ("data_set", "input_size", "crop_pct"):
+        if getattr(args, name) is None:
+            setattr(args, name, trained[name])
+    name, options = parse_spec(trained["student"], "--student")
+    model = models.create_model(name, trained["num_classes"], **options)
+    load_weights(model, args.checkpoint, args.weights_key)
+    say(f"{' '.join(trained['student'])} from {args.checkpoint}")
+    return model
+
+
+def named_model(args: argparse.Namespace) -> models.VisionModel:
+    name, options = parse_spec(args.model, "--model")
+    model = models.create_model(name, args.num_classes, **options)
+    source = published_source(name) if args.weights == "published" else args.weights
+    if distributed.is_main():
+        local_file(source)  # one process downloads
+    distributed.barrier()
+    load_weights(model, source, args.weights_key)
+    say(f"{' '.join(args.model)} from {source}")
+    return model
+
+
+def build_source(args: argparse.Namespace, model: models.VisionModel) -> data.ImageSource:
+    args.data_set = args.data_set or ["imagefolder"]
+    args.input_size = args.input_size or model.input_size or 224
+    if model.input_size not in (None, args.input_size):
+        raise UserError(f"--input-size {args.input_size}: this model takes {model.input_size} px "
+                        "only.")
+    name, options = parse_spec(args.data_set, "--data-set")
+    source = data.create_dataset(name, "val", args.data_path, **options)
+    if len(source.classes) != model.num_classes:
+        raise UserError(f"the data has {len(source.classes)} classes, the model "
+                        f"{model.num_classes}. Evaluate on the data set it was trained for.")
+    return source
+
+
+@torch.no_grad()
+def throughput(model: models.VisionModel, options: engine.StepOptions, input_size: int,
+               batch_size: int, repeats: int = 5) -> float:
+    """Images per second of the network alone on this process: median of `repeats` batches."""
+    images = torch.randn(batch_size, 3, input_size, input_size, device=options.device)
+    images = images.to(memory_format=options.memory_format)
+    seconds = []
+    with options.autocast():
+        for _ in range(repeats + 1):  # the first warms up
+            start = time.perf_counter()
+            model(images)[0, 0].item()  # waits for the device
+            seconds.append(time.perf_counter() - start)
+    return batch_size / float(np.median(seconds[1:]))
+
+
+def report(result: engine.Evaluation, num_parameters: int, macs: int, total_speed: float,
+           model_speed: float, batch_size: int) -> str:
+    rows = {"images": f"{result.num_samples:,}", "top-1": f"{result.acc1:.2f} %",
+            "top-5": f"{result.acc5:.2f} %", "cross-entropy": f"{result.loss:.4f}",
+            "parameters": f"{num_parameters:,}", "multiply-accumulates": f"{macs / 1e9:.3f} G",
+            "images/s, with loading, all processes": f"{total_speed:.0f}",
+            f"images/s, network alone, batch {batch_size}": f"{model_speed:.0f}"}
+    width = max(map(len, rows))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+
+
+def save_predictions(result: engine.Evaluation, source: data.ImageSource, path: Path) -> None:
+    """One row per image, in the data set's order: index, name, label, top5 classes, prob."""
+    shares = distributed.gather_objects({k: v.numpy() for k, v in result.samples.items()})
+    if not distributed.is_main():
+        return
+    columns = {key: np.concatenate([share[key] for share in shares]) for key in shares[0]}
+    order = np.argsort(columns["index"])
+    columns = {key: column[order] for key, column in columns.items()}
+    names = [source.name_of(int(index)) for index in columns["index"]]
+    np.savez_compressed(path, name=np.array(names), classes=np.array(source.classes), **columns)
+    say(f"predictions of {len(order):,} images saved to {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

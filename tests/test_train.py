@@ -1,0 +1,210 @@
+"""The program as users start it: one process or two, stopped anywhere and continued."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import engine
+import eval as evaluation
+import train_kd
+from utils.checkpoint import load_file
+
+REPOSITORY = Path(__file__).parent.parent
+SMALL = ["--data-set", "outlines", "train_size=160", "val_size=37", "--input-size", "32",
+         "--batch-size", "16", "--effective-batch", "16", "--epochs", "2", "--warmup-epochs", "1",
+         "--num-workers", "0", "--lr", "1e-3"]
+TAUGHT = ["--teacher", "slak_nano", "--teacher-weights", "random", "--student", "convnext_nano"]
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def train(folder: Path, *words: str) -> int:
+    return train_kd.main([*SMALL, *words, "--output-dir", str(folder)])
+
+
+def run_folder(folder: Path) -> Path:
+    (only,) = folder.iterdir()
+    return only
+
+
+def read_log(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_folder(folder) / "log.txt").read_text().splitlines()]
+
+
+def last_checkpoint(folder: Path) -> dict:
+    return load_file(run_folder(folder) / "checkpoint-last.pth")
+
+
+def assert_identical(left, right, path: str = "checkpoint") -> None:
+    """Bit for bit, through dicts and lists."""
+    if isinstance(left, torch.Tensor):
+        assert left.dtype == right.dtype and torch.equal(left, right), path
+    elif isinstance(left, dict):
+        assert left.keys() == right.keys(), path
+        for key in left:
+            assert_identical(left[key], right[key], f"{path}.{key}")
+    elif isinstance(left, (list, tuple)):
+        assert len(left) == len(right), path
+        for i, (a, b) in enumerate(zip(left, right)):
+            assert_identical(a, b, f"{path}[{i}]")
+    else:
+        assert left == right, path
+
+
+def test_a_run_leaves_what_design_promises(tmp_path, capsys):
+    words = [*TAUGHT, "--loss", "nkd", "gamma=1.5", "--loss", "fd", "weight=0.1", "--model-ema",
+             "--save-freq", "1", "--save-num", "1"]
+    assert train(tmp_path, *words) == 0
+    folder = run_folder(tmp_path)
+    assert folder.name == "slak_nano-convnext_nano-nkd_gamma1.5_fd_weight0.1-2ep"
+    files = {path.name for path in folder.iterdir()}
+    assert {"args.yaml", "command.txt", "log.txt", "checkpoint-last.pth", "checkpoint-1.pth",
+            "checkpoint-best.pth", "checkpoint-best-ema.pth"} == files
+    records = read_log(tmp_path)
+    assert [record["epoch"] for record in records] == [0, 1]
+    expected = {"train_loss", "train_nkd", "train_fd", "train_lr", "train_grad_norm", "test_loss",
+                "test_acc1", "test_acc5", "test_acc1_ema", "test_acc5_ema", "agreement",
+                "agreement_ema", "n_parameters", "images_per_second", "epoch"}
+    assert expected <= records[1].keys()
+    last = records[1]
+    assert last["train_loss"] == pytest.approx(last["train_nkd"] + 0.1 * last["train_fd"], rel=1e-5)
+    assert last["train_lr"] == pytest.approx(1e-6, abs=3e-5)
+    saved = last_checkpoint(tmp_path)
+    assert {"model", "model_ema", "optimizer", "scaler", "epoch", "step", "args", "losses",
+            "best_acc1", "git"} <= saved.keys()
+    assert saved["epoch"] == 2 and saved["step"] == 20
+    assert not any(name.startswith("losses") for name in saved["model"])
+    assert any(name.startswith("fd.projections") for name in saved["losses"])
+    printed = capsys.readouterr().out
+    assert "effective batch 16 = 1 process(es) x 16 images x 1 accumulated" in printed
+    assert "160 images // 16 = 10 updates per epoch, 20 in 2 epochs" in printed
+    assert train(tmp_path, *words) == 0
+    assert "nothing to do" in capsys.readouterr().out
+
+
+class Killed(BaseException):
+    """Stands for a power cut: nothing of the program runs after it."""
+
+
+def kill_at(monkeypatch, step: int) -> None:
+    original = engine.optimizer_update
+
+    def update(state, clip_grad):
+        if state.step == step:
+            raise Killed
+        original(state, clip_grad)
+
+    monkeypatch.setattr(engine, "optimizer_update", update)
+
+
+@pytest.mark.parametrize("workers", [("2", "2"), ("2", "1")])
+def test_killed_and_resumed_equals_never_stopped(tmp_path, monkeypatch, workers):
+    words = [*TAUGHT, "--student", "convnext_nano", "drop_path=0.2", "--loss", "kd",
+             "temperature=2", "alpha=0.5", "--model-ema", "--model-ema-decay", "0.9",
+             "--effective-batch", "32", "--clip-grad", "5", "--save-every-steps", "3",
+             "--print-every", "2"]
+    assert train(tmp_path / "whole", *words, "--num-workers", workers[0]) == 0
+    with monkeypatch.context() as patch:
+        kill_at(patch, step=9)  # the second epoch has updates 5 to 9; the last save was at 9
+        with pytest.raises(Killed):
+            train(tmp_path / "cut", *words, "--num-workers", workers[0])
+    assert last_checkpoint(tmp_path / "cut")["step"] == 9
+    assert train(tmp_path / "cut", *words, "--num-workers", workers[1]) == 0
+    whole, cut = last_checkpoint(tmp_path / "whole"), last_checkpoint(tmp_path / "cut")
+    for name in ("output_dir", "num_workers"):
+        whole["args"].pop(name), cut["args"].pop(name)
+    assert_identical(whole, cut)
+    logs = [read_log(tmp_path / name) for name in ("whole", "cut")]
+    for record in [*logs[0], *logs[1]]:
+        record.pop("images_per_second")
+    assert logs[0] == logs[1]
+
+
+def start(folder: Path, *words: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "train_kd.py", *SMALL, *words, "--output-dir", str(folder)],
+        cwd=REPOSITORY, env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_says_so(tmp_path, number):
+    process = start(tmp_path, "--teacher", "none", "--student", "convnext_nano", "--epochs", "5000",
+                    "--num-workers", "2", "--save-freq", "0")
+    log = tmp_path / "none-convnext_nano-ce-5000ep" / "log.txt"
+    deadline = time.monotonic() + 60
+    while not log.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 143, err
+    assert "stopped on request" in out and "Traceback" not in err
+    saved = load_file(log.parent / "checkpoint-last.pth")
+    assert saved["step"] >= 10
+
+
+def torchrun(*words: str, program: str = "train_kd.py") -> str:
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         program, *words], cwd=REPOSITORY, env=ONE_THREAD, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+def test_two_processes_equal_one(tmp_path):
+    """The same global batches: no mixup (drawn per process), a student without BatchNorm; a large
+    Adam eps so that rounding does not decide the sign of an update."""
+    words = [*TAUGHT, "--loss", "nkd", "--loss", "fd", "weight=0.1", "--mixup", "0", "--cutmix",
+             "0", "--opt-eps", "1e-3", "--effective-batch", "32", "--model-ema",
+             "--model-ema-decay", "0.9"]
+    assert train(tmp_path / "one", *words, "--batch-size", "16") == 0  # 2 micro-batches of 16
+    torchrun(*SMALL, *words, "--batch-size", "8", "--output-dir", str(tmp_path / "two"))
+    one, two = read_log(tmp_path / "one"), read_log(tmp_path / "two")
+    for a, b in zip(one, two):
+        for key in ("train_loss", "train_nkd", "train_fd", "train_grad_norm", "test_loss"):
+            assert a[key] == pytest.approx(b[key], rel=1e-4), key
+        assert a["test_acc1"] == b["test_acc1"]
+    left, right = last_checkpoint(tmp_path / "one"), last_checkpoint(tmp_path / "two")
+    for key in ("model", "model_ema"):
+        for name, value in left[key].items():
+            torch.testing.assert_close(value, right[key][name], rtol=1e-3, atol=1e-5)
+
+
+def test_eval_repeats_the_log_under_any_number_of_processes(tmp_path, capsys):
+    assert train(tmp_path, "--teacher", "none", "--student", "resnet_nano") == 0
+    best = max(record["test_acc1"] for record in read_log(tmp_path))
+    file = str(run_folder(tmp_path) / "checkpoint-best.pth")
+    words = ["--checkpoint", file, "--batch-size", "8", "--num-workers", "0"]
+    capsys.readouterr()
+    one, two = tmp_path / "one.npz", tmp_path / "two.npz"
+    assert evaluation.main([*words, "--predictions", str(one)]) == 0
+    printed = [capsys.readouterr().out,
+               torchrun(*words, "--predictions", str(two), program="eval.py")]
+    for text in printed:
+        assert f"{best:.2f} %" in text and "310,746" in text
+        assert text.split("top-1")[0].rstrip().endswith(" 37")  # 37 images, not 38 padded ones
+    one, two = np.load(one), np.load(two)
+    assert list(one["index"]) == list(range(37))
+    assert 100 * np.mean(one["top5"][:, 0] == one["label"]) == pytest.approx(best)
+    for key in ("index", "label", "top5", "name", "classes"):
+        np.testing.assert_array_equal(one[key], two[key])
+
+
+def test_compile_gives_the_same_losses_and_the_same_names(tmp_path, monkeypatch):
+    # Captured and differentiated as ever, but run without the minute of code generation.
+    compile_fast = partial(torch.compile, backend="aot_eager")
+    for name, flag in (("plain", "--no-compile"), ("compiled", "--compile")):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "compile", compile_fast)
+            assert train(tmp_path / name, *TAUGHT, "--epochs", "1", "--warmup-epochs", "0",
+                         flag) == 0
+    plain, compiled = last_checkpoint(tmp_path / "plain"), last_checkpoint(tmp_path / "compiled")
+    assert plain["model"].keys() == compiled["model"].keys()
+    losses = [read_log(tmp_path / name)[0]["train_loss"] for name in ("plain", "compiled")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
