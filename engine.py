@@ -30,7 +30,7 @@ class Meter:
     def add(self, values: dict[str, Tensor], step: int) -> None:
         """Add a value each. One that is not finite adds nothing, and its step is remembered."""
         for name, value in values.items():
-            value = value.double()
+            value = value.detach().double()
             is_good = value.isfinite()
             failed_at = torch.where(is_good, math.inf, float(step))
             self.sums[name] = self.sums.get(name, 0) + torch.where(is_good, value, 0)
@@ -178,7 +178,7 @@ def accumulate_gradients(state: TrainState, batches: Iterator, teacher: nn.Modul
                 teacher_output = teacher(images) if teacher is not None else None
                 total, terms = state.wrapped(images, targets, teacher_output)
             state.scaler.scale(total / options.accum_steps).backward()
-        state.meter.add({**terms, "loss": total.detach()}, state.step)
+        state.meter.add({**terms, "loss": total}, state.step)
     return num_images
 
 

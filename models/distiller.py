@@ -20,12 +20,12 @@ class Distiller(nn.Module):
 
     def forward(self, images: Tensor, targets: Tensor,
                 teacher: ModelOutput | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum of the losses, and each raw term, detached, under its name."""
+        """The weighted sum of the losses, and each raw term under its name."""
         student = self.student.forward_with_features(images)
         with torch.autocast(images.device.type, enabled=False):
             terms = {name: loss(student, teacher, targets) for name, loss in self.losses.items()}
             total = sum(self.weights[name] * term for name, term in terms.items())
-        return total, {name: term.detach() for name, term in terms.items()}
+        return total, terms
 
     def no_weight_decay(self) -> set[str]:
         return {f"student.{name}" for name in self.student.no_weight_decay()}

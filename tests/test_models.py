@@ -1,5 +1,7 @@
 """Networks: the published figures, the contract of every registered one, and wrong options."""
 import inspect
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -100,20 +102,45 @@ def test_full_size_names_and_shapes_are_the_published_ones(figure):
     assert model.num_parameters == expected["params"]
 
 
-@pytest.mark.parametrize("figure", FULL_MODELS)
-def test_full_size_logits_equal_the_published_code(figure):
-    name, options = FULL_MODELS[figure]
-    if name == "swin_t":  # computes buffers when it is built
-        model = create_model(name, **options)
-    else:  # without the initialisation, which takes longer than all the rest
-        model = meta_model(name, **options).to_empty(device="cpu")
-    model, expected = fill_by_name(model).eval(), FULL_FIGURES[figure]
+@pytest.mark.parametrize("figures", [
+    ("slak_t", "slak_t_31", "slak_t_61", "slak_s"), ("slak_b",),
+    ("convnext_t", "convnext_t_bn", "convnext_s", "convnext_s_bn"),
+    ("resnet50",), ("swin_t",), ("vit_b",)], ids="-".join)
+def test_full_size_logits_equal_the_published_code(figures):
+    """A family at a time, since its members share most of their tensors and drawing is slow."""
     images = np.random.RandomState(20230530).standard_normal((1, 3, 224, 224))
-    with torch.no_grad():
-        logits = model(torch.tensor(images, dtype=torch.float32))[0]
-    assert relative_error(logits[:8], expected["logits_first8"]) < 1e-5
-    assert logits.norm().item() == pytest.approx(expected["logits_norm"], rel=1e-5)
-    assert logits.argmax().item() == expected["argmax"]
+    images = torch.tensor(images, dtype=torch.float32)
+    drawn = {}
+    for figure in figures:
+        name, options = FULL_MODELS[figure]
+        if name == "swin_t":  # computes buffers when it is built
+            model = create_model(name, **options).eval()
+        else:  # without the initialisation, which takes longer than all the rest
+            model = meta_model(name, **options).to_empty(device="cpu").eval()
+        drawn = fill_from(drawn, model)
+        with torch.no_grad():
+            logits = model(images)[0]
+        expected = FULL_FIGURES[figure]
+        assert relative_error(logits[:8], expected["logits_first8"]) < 1e-5, figure
+        assert logits.norm().item() == pytest.approx(expected["logits_norm"], rel=1e-5), figure
+        assert logits.argmax().item() == expected["argmax"], figure
+
+
+def fill_from(drawn: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """fill_by_name(model), taking what `drawn` has already; the state dict. Two threads draw."""
+    state = model.state_dict()
+    new = []
+    for key, value in state.items():
+        if key in drawn and drawn[key].shape == value.shape:
+            value.copy_(drawn[key])
+        else:
+            new.append(key)
+    new.sort(key=lambda key: state[key].numel())
+    parts = [SimpleNamespace(state_dict=lambda part=part: {key: state[key] for key in part})
+             for part in (new[::2], new[1::2])]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(fill_by_name, parts))
+    return state
 
 
 @pytest.mark.parametrize("name, theirs", [
@@ -170,27 +197,26 @@ def test_widths_are_truncated(width_factor, channels):
 # Folding
 
 
-@pytest.mark.parametrize("size", [224, 100])  # 100: no multiple of 32, odd maps
 @pytest.mark.parametrize("bn", [True, False])
-@pytest.mark.parametrize("decomposed", [True, False])
-@pytest.mark.parametrize("kernel_size", [(13, 11, 9, 7, 5), (7, 7, 7, 7, 100), (9, 5, 3, 3, 5)])
-def test_fold_keeps_the_function(kernel_size, decomposed, bn, size):
-    if decomposed and kernel_size[4] == 100:
-        pytest.skip("N = 100 is the setting without decomposition")
+@pytest.mark.parametrize("kernel_size, decomposed", [
+    ((13, 11, 9, 7, 5), True), ((13, 11, 9, 7, 5), False), ((7, 7, 7, 7, 100), False),
+    ((9, 5, 3, 3, 5), True)])
+def test_fold_keeps_the_function(kernel_size, decomposed, bn):
     model = fill_by_name(
         micro_slak(kernel_size=kernel_size, decomposed=decomposed, bn=bn)).eval()
-    images = make_images(model, size)
+    batches = [make_images(model, size)[:1] for size in (224, 100)]  # 100: odd maps
     with torch.no_grad():
-        before = model.forward_with_features(images)
+        before = [model.forward_with_features(images) for images in batches]
         folded = model.fold()
-        after = folded.forward_with_features(images)
+        after = [folded.forward_with_features(images) for images in batches]
     assert folded is model
     assert not [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     depthwise = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.groups > 1]
     assert len(depthwise) == sum(model.depths) * (2 if decomposed else 1)
-    assert relative_error(after.logits, before.logits) < 1e-5
-    for feature, expected in zip(after.features, before.features):
-        assert relative_error(feature, expected) < 1e-5
+    for expected, output in zip(before, after):
+        assert relative_error(output.logits, expected.logits) < 1e-5
+        for feature, expected_feature in zip(output.features, expected.features):
+            assert relative_error(feature, expected_feature) < 1e-5
 
 
 @pytest.mark.parametrize("name", NANO)
@@ -220,14 +246,15 @@ def test_feature_info_is_what_forward_gives(name):
 
 @pytest.mark.parametrize("name", NANO)
 def test_forward_is_the_logits_of_forward_with_features(name):
-    model = fill_by_name(create_model(name, 10)).eval()
+    model = fill_by_name(create_model(name, 7)).eval()
     images = make_images(model)
     with torch.no_grad():
         output = model.forward_with_features(images)
         assert torch.equal(model(images), output.logits)
+    assert output.logits.shape == (2, 7) and model.num_classes == 7
     for feature, info in zip(output.features, model.feature_info):
-        assert feature.shape == (2, info.channels, *(side // info.stride
-                                                     for side in images.shape[2:]))
+        assert feature.shape[1:] == (info.channels, images.shape[2] // info.stride,
+                                     images.shape[3] // info.stride)
         assert feature.isfinite().all() and feature.std() > 0
 
 
@@ -241,33 +268,11 @@ def test_every_parameter_gets_a_gradient(name):
 
 
 @pytest.mark.parametrize("name", NANO)
-@pytest.mark.parametrize("num_classes", [1, 7])
-def test_num_classes_is_respected(name, num_classes):
-    model = create_model(name, num_classes).eval()
+def test_a_fresh_model_takes_its_size_or_any(name):
+    model = create_model(name, 1).eval()
     with torch.no_grad():
-        assert model(make_images(model)).shape == (2, num_classes)
-    assert model.num_classes == num_classes
-
-
-@pytest.mark.parametrize("name", NANO)
-def test_a_fresh_model_is_finite_and_depends_on_the_seed_only(name):
-    outputs = []
-    for seed in (0, 0, 1):
-        torch.manual_seed(seed)
-        model = create_model(name, 10).eval()
-        with torch.no_grad():
-            model.forward_with_features(make_images(model))
-            outputs.append(torch.cat([p.flatten() for p in model.parameters()]))
-    assert outputs[0].isfinite().all()
-    assert torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[0], outputs[2])
-
-
-@pytest.mark.parametrize("name", [name for name in NANO if not name.startswith("vit")])
-def test_any_input_size_is_accepted(name):
-    model = create_model(name, 10).eval()
-    with torch.no_grad():
-        for size in (33, 90):
-            assert model(make_images(model, size)).shape == (2, 10)
+        logits = model(make_images(model, size=70))
+    assert logits.shape == (2, 1) and logits.isfinite().all()
 
 
 # Drop path
@@ -404,7 +409,7 @@ def test_wrong_number_of_classes(num_classes):
         create_model("resnet_nano", num_classes)
 
 
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", NANO)
 def test_every_option_has_a_type_that_is_checked(name):
     """So that `--student name option=nonsense` is refused whatever the option."""
     for key, parameter in inspect.signature(type(meta_model(name))).parameters.items():

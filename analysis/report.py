@@ -1,0 +1,98 @@
+"""One table of any number of runs: accuracy over seeds, and the gain from the teacher.
+
+    python -m analysis.report runs/*
+"""
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from utils.config import Parser
+from utils.errors import UserError
+
+# What may differ between runs of one row: the seed, and where and how they ran.
+NOT_COMPARED = {"seed", "output_dir", "config", "device", "num_workers", "data_path", "resume",
+                "auto_resume", "print_every", "save_freq", "save_num", "save_every_steps",
+                "tensorboard", "compile", "channels_last", "batch_size", "accum_steps",
+                "world_size", "skip_bad_images", "teacher_weights"}
+# What may also differ between a distilled run and the supervised one its gain is measured against.
+TEACHING = {"teacher", "loss"}
+
+
+class Run(NamedTuple):
+    folder: Path
+    args: dict[str, Any]
+    acc1: float  # last epoch, percent; of the averaged weights when the run kept them
+    num_epochs_done: int
+
+
+def read_run(folder: Path) -> Run:
+    """A run folder's settings and its last line of log.txt."""
+    try:
+        args = yaml.safe_load((folder / "args.yaml").read_text())
+        records = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+    except FileNotFoundError as error:
+        raise UserError(f"{folder} is not a run folder with a finished epoch: "
+                        f"{Path(error.filename).name} is missing.") from None
+    last = records[-1]
+    return Run(folder, args, last.get("test_acc1_ema", last["test_acc1"]), last["epoch"] + 1)
+
+
+def group_key(args: dict[str, Any], left_out: set[str]) -> str:
+    return json.dumps({name: value for name, value in args.items() if name not in left_out})
+
+
+def table(runs: list[Run]) -> str:
+    """A Markdown table, one row per setting, and the runs that are left out with the reason."""
+    finished = [run for run in runs if run.num_epochs_done == run.args["epochs"]]
+    groups: dict[str, list[Run]] = {}
+    for run in finished:
+        groups.setdefault(group_key(run.args, NOT_COMPARED), []).append(run)
+    supervised = {group_key(group[0].args, NOT_COMPARED | TEACHING): mean(group)
+                  for group in groups.values() if group[0].args["teacher"] == ["none"]}
+    rows = ["| teacher | student | loss | epochs | n | top-1 % | direct gain |",
+            "|---|---|---|---:|---:|---:|---:|"]
+    for group in groups.values():
+        args = group[0].args
+        baseline = supervised.get(group_key(args, NOT_COMPARED | TEACHING))
+        gain = "-"
+        if args["teacher"] != ["none"] and baseline is not None:
+            gain = f"{mean(group) - baseline:+.2f}"
+        loss = " + ".join(" ".join(words) for words in args["loss"])
+        rows.append(f"| {' '.join(args['teacher'])} | {' '.join(args['student'])} | {loss} | "
+                    f"{args['epochs']} | {len(group)} | {spread(group)} | {gain} |")
+    notes = ["", "top-1: last epoch, mean +- sample standard deviation over n seeds. Direct gain: "
+             "points over the supervised run with the same student, recipe and epochs."]
+    notes += [f"left out: {run.folder} (epoch {run.num_epochs_done} of {run.args['epochs']})"
+              for run in runs if run not in finished]
+    return "\n".join(rows + notes)
+
+
+def mean(group: list[Run]) -> float:
+    return statistics.mean(run.acc1 for run in group)
+
+
+def spread(group: list[Run]) -> str:
+    if len(group) == 1:
+        return f"{group[0].acc1:.2f}"
+    return f"{mean(group):.2f} +- {statistics.stdev(run.acc1 for run in group):.2f}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(prog="analysis.report", description=__doc__.split("\n")[0])
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders")
+    try:
+        args: argparse.Namespace = parser.parse(sys.argv[1:] if argv is None else argv)
+        print(table([read_run(folder) for folder in args.runs]))
+    except UserError as error:
+        print(f"analysis.report: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,422 @@
+"""Losses: the published figures, the contract of every registered one, and their options."""
+import inspect
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from losses import create_loss, list_losses
+from losses.base import hard_labels
+from models.base import FeatureInfo, ModelOutput
+from models.distiller import Distiller
+from tests.helpers import FIXTURES
+from utils.errors import UnknownName, UserError
+
+FIGURES = np.load(FIXTURES / "losses.npz")
+LOGIT_FIGURES = [key.removesuffix("/loss") for key in FIGURES.files if key.endswith("/loss")]
+FD_FIGURES = {"smoothl1_beta2": {}, "mse": {"kind": "mse"},
+              "smoothl1_beta2_whitened": {"whiten": True}}
+STUDENT_INFO = (FeatureInfo(6, 16), FeatureInfo(8, 32))
+TEACHER_INFO = (FeatureInfo(10, 16), FeatureInfo(12, 32))
+OTHER_WORD = {("fd", "kind"): "mse"}  # another legal value of each option that is a word
+
+
+def make_output(info: tuple[FeatureInfo, ...], seed: int, *, num: int = 4, num_classes: int = 10,
+                scale: float = 1.0) -> ModelOutput:
+    """Random logits and maps of a 64 px input."""
+    rng = torch.Generator().manual_seed(seed)
+    logits = scale * torch.randn(num, num_classes, generator=rng)
+    return ModelOutput(logits, [scale * torch.randn(num, c, 64 // stride, 64 // stride,
+                                                    generator=rng) for c, stride in info])
+
+
+def make_targets(kind: str, num: int = 4, num_classes: int = 10) -> Tensor:
+    labels = torch.arange(num) * 3 % num_classes
+    if kind == "hard":
+        return labels
+    mixed = F.one_hot(labels, num_classes).float()
+    return 0.9 * (0.7 * mixed + 0.3 * mixed.flip(0)) + 0.1 / num_classes
+
+
+def make_loss(name: str, student_info=STUDENT_INFO, teacher_info=TEACHER_INFO, **options):
+    torch.manual_seed(0)  # of the projections
+    return create_loss(name, student_info, teacher_info, **options)
+
+
+def tensors(output: ModelOutput) -> list[Tensor]:
+    return [output.logits, *output.features]
+
+
+def convert(output: ModelOutput, dtype: torch.dtype) -> ModelOutput:
+    return ModelOutput(output.logits.to(dtype), [f.to(dtype) for f in output.features])
+
+
+def with_gradient(output: ModelOutput) -> ModelOutput:
+    return ModelOutput(output.logits.clone().requires_grad_(),
+                       [f.clone().requires_grad_() for f in output.features])
+
+
+def logits_only(logits: Tensor) -> ModelOutput:
+    return ModelOutput(logits, [])
+
+
+# The published figures
+
+
+def read_figure(figure: str) -> tuple[str, dict, str]:
+    """'b8c10/kd_T4.0_alpha0.9_soft' -> the loss, its options, the array of its targets. The
+    published nkd calls gamma alpha."""
+    name, *words = figure.partition("/")[2].split("_")
+    targets = "soft" if words[-1] == "soft" else "labels"
+    if name == "ce":
+        return name, {} if targets == "soft" else {"label_smoothing": 0.1}, targets
+    if words[0] == "hard":
+        return name, {"hard": True}, targets
+    factor = "alpha" if name == "kd" else "gamma"
+    temperature = float(words[0].removeprefix("T").removeprefix("temp"))
+    return name, {"temperature": temperature, factor: float(words[1].removeprefix("alpha"))}, targets
+
+
+@pytest.mark.parametrize("figure", LOGIT_FIGURES)
+def test_value_and_gradient_equal_the_published_code(figure):
+    name, options, targets = read_figure(figure)
+    batch = figure.partition("/")[0]
+    student = torch.tensor(FIGURES[f"{batch}/student"]).requires_grad_()
+    teacher = torch.tensor(FIGURES[f"{batch}/teacher"])
+    loss = make_loss(name, **options)(logits_only(student), logits_only(teacher),
+                                      torch.tensor(FIGURES[f"{batch}/{targets}"]))
+    loss.backward()
+    expected = torch.tensor(FIGURES[f"{figure}/grad"])
+    assert loss.item() == pytest.approx(float(FIGURES[f"{figure}/loss"]), rel=1e-5)
+    assert (student.grad - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_every_published_setting_is_there():
+    names = {read_figure(figure)[0] for figure in LOGIT_FIGURES}
+    assert names == {"ce", "kd", "nkd"} and len(LOGIT_FIGURES) == 32
+
+
+@pytest.mark.parametrize("figure", FD_FIGURES)
+def test_feature_distance_equals_the_published_code(figure):
+    """Between equal channel counts the projection starts as the identity."""
+    info = (FeatureInfo(12, 32),)
+    student = torch.tensor(FIGURES["fd/student"]).requires_grad_()
+    teacher = torch.tensor(FIGURES["fd/teacher"])
+    loss = make_loss("fd", info, info, **FD_FIGURES[figure])(
+        ModelOutput(None, [student]), ModelOutput(None, [teacher]), None)
+    loss.backward()
+    assert loss.item() == pytest.approx(float(FIGURES[f"fd/{figure}"]), rel=1e-5)
+    # d/ds of smooth L1 is d / beta clipped to [-1, 1], of the square 2 d; over the element count.
+    target = teacher
+    if figure.endswith("whitened"):
+        mean, var = teacher.mean(1, keepdim=True), teacher.var(1, keepdim=True, unbiased=False)
+        target = (teacher - mean) / (var + 1e-5).sqrt()
+    difference = student.detach() - target
+    slope = 2 * difference if figure == "mse" else (difference / 2).clamp(-1, 1)
+    torch.testing.assert_close(student.grad, slope / student.numel(), rtol=1e-4, atol=1e-9)
+
+
+# The contract, for everything that is registered
+
+
+@pytest.mark.parametrize("targets", ["hard", "soft"])
+@pytest.mark.parametrize("name", list_losses())
+def test_a_finite_scalar_that_reaches_the_student(name, targets):
+    loss = make_loss(name)
+    student = with_gradient(make_output(STUDENT_INFO, 1))
+    value = loss(student, make_output(TEACHER_INFO, 2), make_targets(targets))
+    value.backward()
+    assert value.shape == () and value.dtype == torch.float32 and value.isfinite()
+    reached = student.logits if loss.trains_logits else student.features[-1]
+    assert reached.grad.isfinite().all() and reached.grad.any()
+    assert (student.logits.grad is not None) == loss.trains_logits
+    assert all(p.grad.any() for p in loss.parameters())
+
+
+@pytest.mark.parametrize("name", list_losses())
+def test_no_gradient_reaches_the_teacher(name):
+    teacher = with_gradient(make_output(TEACHER_INFO, 2))
+    student = with_gradient(make_output(STUDENT_INFO, 1))
+    make_loss(name)(student, teacher, make_targets("soft")).backward()
+    assert [value.grad for value in tensors(teacher)] == [None] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", list_losses())
+def test_float32_whatever_the_inputs(name, dtype):
+    loss, targets = make_loss(name), make_targets("soft")
+    student, teacher = [convert(make_output(info, seed), dtype)
+                        for seed, info in enumerate((STUDENT_INFO, TEACHER_INFO))]
+    value = loss(student, teacher, targets)
+    expected = loss(convert(student, torch.float32), convert(teacher, torch.float32), targets)
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value, expected, rtol=1e-6, atol=0)
+
+
+class FixedStudent(nn.Module):
+    """Gives the same output whatever the images."""
+
+    def __init__(self, output: ModelOutput) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward_with_features(self, images: Tensor) -> ModelOutput:
+        return self.output
+
+
+@pytest.mark.parametrize("name", list_losses())
+def test_float32_inside_autocast(name):
+    loss, targets = make_loss(name), make_targets("soft")
+    student, teacher = [convert(make_output(info, seed), torch.bfloat16)
+                        for seed, info in enumerate((STUDENT_INFO, TEACHER_INFO))]
+    distiller = Distiller(FixedStudent(student), {name: loss}, {name: 2.0})
+    with torch.autocast("cpu", torch.bfloat16):
+        total, terms = distiller(torch.zeros(4, 3, 8, 8), targets, teacher)
+    expected = loss(convert(student, torch.float32), convert(teacher, torch.float32), targets)
+    assert total.dtype == terms[name].dtype == torch.float32
+    torch.testing.assert_close(terms[name], expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(total, 2 * expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("targets", ["hard", "soft"])
+@pytest.mark.parametrize("name", list_losses())
+def test_finite_at_a_gap_of_ten_thousand(name, targets):
+    student = with_gradient(make_output(STUDENT_INFO, 1, scale=1e4))
+    value = make_loss(name)(student, make_output(TEACHER_INFO, 2, scale=1e4),
+                            make_targets(targets))
+    value.backward()
+    assert value.isfinite()
+    assert all(t.grad.isfinite().all() for t in tensors(student) if t.grad is not None)
+
+
+@pytest.mark.parametrize("name, options, expected", [
+    ("ce", {}, 1e4),
+    ("kd", {"alpha": 1.0}, 1e4),
+    ("kd", {"alpha": 1.0, "temperature": 10.0}, 1e5),  # T^2 * 1e4 / T
+    ("kd", {"hard": True}, 1e4),
+    ("nkd", {}, 1e4 + 1e4 * 3 / 4),  # p_t[c] = 1; q_t uniform over 4 others, 3 of them at -1e4
+    ("nkd", {"gamma": 2.0, "temperature": 10.0}, 1e4 + 2 * 100 * 1e3 * 3 / 4),
+])
+def test_value_at_a_gap_of_ten_thousand(name, options, expected):
+    """The student is sure of class 0, the teacher and the label say class 1; 5 classes."""
+    student = torch.tensor([[1e4, 0, 0, 0, 0]]).requires_grad_()
+    teacher = torch.tensor([[0, 1e4, 0, 0, 0]])
+    value = make_loss(name, **options)(logits_only(student), logits_only(teacher),
+                                       torch.tensor([1]))
+    value.backward()
+    assert value.item() == pytest.approx(expected, rel=1e-5)
+    assert student.grad.isfinite().all() and student.grad[0, 0] > 0 > student.grad[0, 1]
+
+
+@pytest.mark.parametrize("targets", ["hard", "soft"])
+@pytest.mark.parametrize("name", list_losses())
+def test_mean_over_the_batch(name, targets):
+    loss, targets = make_loss(name), make_targets(targets)
+    student, teacher = make_output(STUDENT_INFO, 1), make_output(TEACHER_INFO, 2)
+
+    def part(rows: slice) -> Tensor:
+        return loss(*[ModelOutput(out.logits[rows], [f[rows] for f in out.features])
+                      for out in (student, teacher)], targets[rows])
+
+    halves = part(slice(0, 2)), part(slice(2, 4))
+    assert not torch.isclose(*halves, rtol=1e-3)
+    torch.testing.assert_close(part(slice(None)), sum(halves) / 2)
+
+
+@pytest.mark.parametrize("num_classes", [2, 3, 1001])
+@pytest.mark.parametrize("targets", ["hard", "soft"])
+@pytest.mark.parametrize("name", list_losses())
+def test_any_number_of_classes(name, targets, num_classes):
+    student = with_gradient(make_output(STUDENT_INFO, 1, num_classes=num_classes))
+    value = make_loss(name)(student, make_output(TEACHER_INFO, 2, num_classes=num_classes),
+                            make_targets(targets, num_classes=num_classes))
+    value.backward()
+    assert value.isfinite() and value > 0
+    assert all(t.grad.isfinite().all() for t in tensors(student) if t.grad is not None)
+
+
+def other_value(name: str, option: str, value):
+    """A legal value that differs from the default."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, str):
+        return OTHER_WORD[name, option]
+    return 0 if isinstance(value, int) else 0.5 * value + 0.25
+
+
+OPTIONS = [(name, option, parameter.default) for name in list_losses()
+           for option, parameter in list(inspect.signature(
+               type(create_loss(name, STUDENT_INFO, TEACHER_INFO))).parameters.items())[2:]]
+
+
+@pytest.mark.parametrize("name, option, default", OPTIONS)
+def test_every_option_matters(name, option, default):
+    info = (FeatureInfo(8, 16), FeatureInfo(8, 32))  # equal channels, so that project may be off
+    student, teacher = make_output(info, 1, scale=3), make_output(info, 2, scale=3)
+    values = []
+    for options in ({}, {option: default}, {option: other_value(name, option, default)}):
+        loss = make_loss(name, info, info, **options)
+        rng = torch.Generator().manual_seed(3)
+        for parameter in loss.parameters():
+            nn.init.normal_(parameter, generator=rng)
+        values.append(loss(student, teacher, make_targets("hard")).item())
+    assert values[0] == values[1]
+    assert values[2] != pytest.approx(values[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", list_losses())
+def test_only_a_loss_that_needs_no_teacher_works_without(name):
+    if create_loss(name, STUDENT_INFO, TEACHER_INFO).needs_teacher:
+        with pytest.raises(UserError, match=f"'{name}' compares with a teacher.*--teacher"):
+            create_loss(name, STUDENT_INFO)
+    else:
+        value = create_loss(name, STUDENT_INFO)(make_output(STUDENT_INFO, 1), None,
+                                                make_targets("soft"))
+        assert value.isfinite()
+
+
+def test_which_losses_need_a_teacher_and_train_the_head():
+    made = {name: make_loss(name) for name in ("ce", "fd", "kd", "nkd")}
+    assert [name for name in made if not made[name].needs_teacher] == ["ce"]
+    assert [name for name in made if not made[name].trains_logits] == ["fd"]
+
+
+# What each promises
+
+
+def test_hard_labels():
+    assert hard_labels(torch.tensor([2, 0])).tolist() == [2, 0]
+    assert hard_labels(torch.tensor([[0.1, 0.2, 0.7], [0.6, 0.4, 0.0]])).tolist() == [2, 0]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_kd_is_zero_when_the_student_is_the_teacher(temperature):
+    output = logits_only(5 * torch.randn(6, 9, generator=torch.Generator().manual_seed(0)))
+    loss = make_loss("kd", alpha=1.0, temperature=temperature)
+    assert loss(output, output, make_targets("hard", 6, 9)).abs() < 1e-6
+
+
+def test_nkd_takes_the_largest_of_mixed_targets():
+    loss = make_loss("nkd")
+    outputs = make_output(STUDENT_INFO, 1), make_output(TEACHER_INFO, 2)
+    mixed = make_targets("soft")
+    assert torch.equal(loss(*outputs, mixed), loss(*outputs, mixed.argmax(1)))
+    assert not torch.isclose(loss(*outputs, mixed), loss(*outputs, mixed.flip(0).argmax(1)))
+
+
+@pytest.mark.parametrize("options", [{}, {"kind": "mse"}, {"project": False},
+                                     {"features": (0, 1)}])
+def test_fd_is_zero_for_equal_maps(options):
+    output = make_output(STUDENT_INFO, 1)
+    loss = make_loss("fd", STUDENT_INFO, STUDENT_INFO, **options)
+    assert loss(output, output, None) == 0
+
+
+def test_fd_projects_to_the_teachers_channels():
+    loss = make_loss("fd", features=(0, -1))
+    shapes = [tuple(p.shape) for p in loss.parameters()]
+    assert shapes == [(10, 6, 1, 1), (10,), (12, 8, 1, 1), (12,)]
+    assert [tuple(p.shape) for p in make_loss("fd").parameters()] == [(12, 8, 1, 1), (12,)]
+    assert list(make_loss("fd", STUDENT_INFO, STUDENT_INFO, project=False).parameters()) == []
+
+
+def test_fd_of_several_features_is_their_mean():
+    student, teacher = make_output(STUDENT_INFO, 1), make_output(STUDENT_INFO, 2)
+    single = [make_loss("fd", STUDENT_INFO, STUDENT_INFO, features=i)(student, teacher, None)
+              for i in (0, 1)]
+    both = make_loss("fd", STUDENT_INFO, STUDENT_INFO, features=(0, 1))(student, teacher, None)
+    torch.testing.assert_close(both, sum(single) / 2)
+    assert not torch.isclose(*single)
+
+
+def test_fd_projection_is_a_convolution_before_the_distance():
+    loss = make_loss("fd", kind="mse")
+    student, teacher = make_output(STUDENT_INFO, 1), make_output(TEACHER_INFO, 2)
+    weight, bias = loss.parameters()
+    projected = torch.einsum("oc,nchw->nohw", weight[:, :, 0, 0], student.features[-1])
+    expected = ((projected + bias.view(-1, 1, 1) - teacher.features[-1]) ** 2).mean()
+    torch.testing.assert_close(loss(student, teacher, None), expected)
+
+
+def test_fd_interpolates_the_student_to_the_teachers_size():
+    info = (FeatureInfo(5, 32),)
+    student, teacher = torch.randn(2, 5, 7, 7), torch.randn(2, 5, 14, 14)
+    loss = make_loss("fd", info, info, kind="mse")
+    value = loss(ModelOutput(None, [student]), ModelOutput(None, [teacher]), None)
+    enlarged = student.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    torch.testing.assert_close(value, ((enlarged - teacher) ** 2).mean())
+    shrunk = loss(ModelOutput(None, [teacher]), ModelOutput(None, [student]), None)
+    torch.testing.assert_close(shrunk, ((teacher[:, :, ::2, ::2] - student) ** 2).mean())
+
+
+def test_fd_whitens_the_teacher_only():
+    info = (FeatureInfo(5, 32),)
+    student, teacher = torch.randn(2, 5, 4, 4), 7 + 3 * torch.randn(2, 5, 4, 4)
+    loss = make_loss("fd", info, info, kind="mse", whiten=True)
+    mean, std = teacher.mean(1, keepdim=True), teacher.std(1, keepdim=True, unbiased=False)
+    value = loss(ModelOutput(None, [student]), ModelOutput(None, [teacher]), None)
+    torch.testing.assert_close(value, ((student - (teacher - mean) / std) ** 2).mean(), rtol=1e-4,
+                               atol=0)
+
+
+def test_ce_refuses_to_smooth_twice():
+    loss = make_loss("ce", label_smoothing=0.1)
+    with pytest.raises(UserError, match="label_smoothing=0.1.*already soft.*--smoothing"):
+        loss(make_output(STUDENT_INFO, 1), None, make_targets("soft"))
+
+
+# Wrong names and options
+
+
+def test_unknown_loss_names_the_nearest():
+    with pytest.raises(UnknownName) as caught:
+        make_loss("nkdd")
+    message = str(caught.value)
+    assert message.startswith("unknown loss 'nkdd'. Known: ce, ")
+    assert "Did you mean 'nkd'?" in message and "losses/__init__.py" in message
+
+
+@pytest.mark.parametrize("name, option, nearest", [
+    ("kd", "temprature", "temperature"), ("nkd", "gama", "gamma"), ("fd", "feature", "features"),
+    ("ce", "smoothing", "label_smoothing")])
+def test_unknown_option_names_the_nearest(name, option, nearest):
+    with pytest.raises(UserError, match=f"'{option}' of loss '{name}'.*Did you mean '{nearest}'"):
+        make_loss(name, **{option: 1})
+
+
+@pytest.mark.parametrize("name, options, sentence", [
+    ("ce", {"label_smoothing": 1.5}, r"label_smoothing must lie in \[0, 1\], got 1.5"),
+    ("kd", {"alpha": -0.1}, r"alpha must lie in \[0, 1\], got -0.1"),
+    ("kd", {"alpha": "x"}, "'alpha'.* must be int or float, got 'x'"),
+    ("kd", {"hard": 1}, "'hard'.* must be bool, got 1"),
+    ("kd", {"temperature": 0}, "temperature must be a positive number, got 0"),
+    ("kd", {"temperature": float("inf")}, "temperature must be a positive number, got inf"),
+    ("nkd", {"temperature": -1.0}, "temperature must be a positive number, got -1.0"),
+    ("nkd", {"temperature": float("nan")}, "temperature must be a positive number, got nan"),
+    ("nkd", {"gamma": -1}, "gamma must not be negative, got -1"),
+    ("fd", {"kind": "l1"}, "kind must be smooth_l1 or mse, got 'l1'"),
+    ("fd", {"beta": 0.0}, "beta must be a positive number, got 0.0"),
+    ("fd", {"features": 2}, r"features=2: the student has 2 stage\(s\).*\[-2, 1\].*features=-1"),
+    ("fd", {"features": (0, -3)}, "features=0,-3: the student has 2"),
+    ("fd", {"features": ()}, "features="),
+    ("fd", {"features": "last"}, "features="),
+    ("fd", {"project": False}, "equal channels; the student has 8, the teacher 12"),
+])
+def test_wrong_options_are_refused_in_words(name, options, sentence):
+    with pytest.raises(UserError, match=sentence):
+        make_loss(name, **options)
+
+
+@pytest.mark.parametrize("name, options", [
+    ("fd", {"features": 1.5}), ("fd", {"features": None}), ("fd", {"features": True}),
+    ("nkd", {"gamma": float("nan")}), ("nkd", {"gamma": float("inf")})])
+def test_impossible_values_are_refused_in_words(name, options):
+    with pytest.raises(UserError, match=next(iter(options))):
+        make_loss(name, **options)
+
+
+def test_fd_names_the_side_that_lacks_the_stage():
+    with pytest.raises(UserError, match=r"features=0,1: the teacher has 1 stage\(s\)"):
+        make_loss("fd", STUDENT_INFO, TEACHER_INFO[-1:], features=(0, 1))
