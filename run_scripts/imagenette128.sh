@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A small SLaK teacher on Imagenette at 128 px, then a small student alone and distilled from it.
 # Paper table: none (a check on real pictures without ImageNet)
-# Hardware:    CPU; about 30 minutes for the teacher and 7 for each student run on one core
+# Hardware:    CPU; 20 to 30 minutes for the teacher and 5 to 10 for each student run on one core
 # Expected:    the table in README.md
 #
 #     DATA=path/to/imagenette128 bash run_scripts/imagenette128.sh
@@ -15,8 +15,8 @@ NPROC=${NPROC:-1}
 
 TEACHER=(slak_nano kernel_size=31,15,7,3,5 layer_scale_init=0)
 STUDENT=(resnet_nano)
-TEACHER_EPOCHS=20
-EPOCHS=10
+TEACHER_EPOCHS=12
+EPOCHS=8
 LOSS=(--loss nkd)
 
 train() {

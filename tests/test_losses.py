@@ -75,8 +75,9 @@ def read_figure(figure: str) -> tuple[str, dict, str]:
     if words[0] == "hard":
         return name, {"hard": True}, targets
     factor = "alpha" if name == "kd" else "gamma"
-    temperature = float(words[0].removeprefix("T").removeprefix("temp"))
-    return name, {"temperature": temperature, factor: float(words[1].removeprefix("alpha"))}, targets
+    options = {"temperature": float(words[0].removeprefix("T").removeprefix("temp")),
+               factor: float(words[1].removeprefix("alpha"))}
+    return name, options, targets
 
 
 @pytest.mark.parametrize("figure", LOGIT_FIGURES)
@@ -140,7 +141,7 @@ def test_no_gradient_reaches_the_teacher(name):
     teacher = with_gradient(make_output(TEACHER_INFO, 2))
     student = with_gradient(make_output(STUDENT_INFO, 1))
     make_loss(name)(student, teacher, make_targets("soft")).backward()
-    assert [value.grad for value in tensors(teacher)] == [None] * 3
+    assert all(value.grad is None for value in tensors(teacher))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

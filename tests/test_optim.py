@@ -188,7 +188,7 @@ def test_adamw_and_its_hyperparameters():
 
 
 def test_adamw_steps_as_written():
-    """First step: every weight moves by lr against its gradient's sign, after decaying by lr * wd."""
+    """The first step is lr against the gradient's sign, after a decay by lr * weight_decay."""
     model = nn.Linear(3, 2)
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     optimizer = build_adamw(parameter_groups(model, 0.5), lr=1.0, betas=(0.9, 0.999), eps=1e-12)

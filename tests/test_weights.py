@@ -1,0 +1,373 @@
+"""Weights: every layout of a file, what does not fit, what is no checkpoint, and addresses."""
+import argparse
+import pickle
+import re
+import urllib.error
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from models import create_model, list_models
+from models.weights import (
+    PUBLISHED,
+    describe_difference,
+    load_weights,
+    local_file,
+    published_source,
+    read_state_dict,
+)
+from tests.helpers import fill_by_name
+from utils.errors import UserError
+
+TORCHVISION_NAMES = {"resnet18": "resnet18", "resnet34": "resnet34", "resnet50": "resnet50",
+                     "resnet101": "resnet101", "swin_t": "swin_t", "vit_b": "vit_b_16"}
+# The name in the cache; a share's address ends in /download, so its token is taken.
+CACHE_NAMES = {
+    "slak_t": "1Iut2f5FMS_77jGPYoUJDQzDIXOsax1u4.pth",
+    "slak_s": "1etM6KQbnlsgDAZ37adsQJ3UI8Bbv2AVe.pth",
+    "slak_b": "1duUxUD3RSblQ6eDHd0n-u0aulwGypf1j.pth",
+    "convnext_t_bn": "cR6KLvxjlUshUQA.pth",
+    "convnext_s_bn": "PYqL3rVff3Nu2sP.pth",
+    "convnext_t": "convnext_tiny_1k_224_ema.pth",
+    "resnet50": "resnet50-11ad3fa6.pth",
+}
+
+
+def make_model(seed: int = 0, num_classes: int = 10) -> nn.Module:
+    torch.manual_seed(seed)
+    return create_model("resnet_nano", num_classes, depths=(1, 1, 1, 1), dims=(4, 8, 8, 8))
+
+
+def make_state(seed: int = 1, num_classes: int = 10) -> dict[str, Tensor]:
+    return fill_by_name(make_model(num_classes=num_classes), salt=seed).state_dict()
+
+
+def prefixed(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + name: value for name, value in state.items()}
+
+
+def save(content: object, folder: Path) -> Path:
+    path = folder / "weights.pth"
+    torch.save(content, path)
+    return path
+
+
+def assert_same(state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+
+
+# Layouts
+
+
+LAYOUTS = {
+    "ours": lambda state: {"model": state, "args": {"student": "resnet_nano", "lr": 0.004},
+                           "epoch": 3, "best_acc1": 71.5, "losses": {}},
+    "published SLaK": lambda state: {
+        "model": state, "optimizer": {"state": {}, "param_groups": [{"lr": 0.004}]}, "epoch": 299,
+        "scaler": {"scale": 65536.0},
+        "args": argparse.Namespace(model="SLaK_tiny", lr=4e-3, kernel_size=["51", "5"], data=None),
+        "model_ema": make_state(seed=2)},
+    "bare": lambda state: state,
+    "state_dict": lambda state: {"state_dict": state, "arch": "resnet"},
+    "module.": lambda state: prefixed("module.", state),
+    "student.": lambda state: {"model": prefixed("student.", state)},
+    "module.student.": lambda state: {"model": prefixed("module.student.", state)},
+    "backbone.": lambda state: {"state_dict": prefixed("backbone.", state)},
+    "with numbers beside the tensors": lambda state: {**state, "epoch": 3},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_loads(layout, tmp_path):
+    model, expected = make_model(), make_state()
+    load_weights(model, save(LAYOUTS[layout](expected), tmp_path))
+    assert_same(model.state_dict(), expected)
+
+
+def test_a_text_path_loads(tmp_path):
+    model = make_model()
+    load_weights(model, str(save({"model": make_state()}, tmp_path)))
+    assert_same(model.state_dict(), make_state())
+
+
+def test_key_chooses_the_container(tmp_path):
+    plain, averaged = make_state(seed=1), make_state(seed=2)
+    path = save({"model_ema": averaged, "model": plain}, tmp_path)
+    model = make_model()
+    for key, expected in ((None, plain), ("model", plain), ("model_ema", averaged)):
+        load_weights(model, path, key=key)
+        assert_same(model.state_dict(), expected)
+
+
+def test_an_average_alone_is_taken(tmp_path):
+    assert_same(read_state_dict(save({"model_ema": make_state(), "epoch": 1}, tmp_path)),
+                make_state())
+
+
+@pytest.mark.parametrize("content, has", [
+    ({"model": {"w": torch.ones(1)}, "state_dict": {"w": torch.ones(1)}}, "model, state_dict"),
+    ({"w": torch.ones(1)}, "a bare state dict")])
+def test_a_key_that_is_not_there(content, has, tmp_path):
+    path = save(content, tmp_path)
+    with pytest.raises(UserError, match=f"no weights under 'model_ema'; it has {has}"):
+        read_state_dict(path, key="model_ema")
+
+
+def test_a_prefix_of_some_names_only_is_a_name(tmp_path):
+    state = {"module.w": torch.ones(1), "w": torch.zeros(1)}
+    assert_same(read_state_dict(save(state, tmp_path)), state)
+
+
+def test_a_file_without_weights(tmp_path):
+    path = save({"epoch": 3, "args": {"lr": 0.1}}, tmp_path)
+    with pytest.raises(UserError, match="holds no weights.*got the keys epoch, args"):
+        read_state_dict(path)
+
+
+# What does not fit
+
+
+def test_difference_in_sentences():
+    wanted = {name: torch.zeros(2) for name in "abcdefg"}
+    assert describe_difference(wanted, wanted) == ""
+    got = {"a": torch.zeros(2), "b": torch.zeros(3, 1), "x": torch.zeros(1)}
+    assert describe_difference(got, wanted) == (
+        "5 missing (c, d, e, f and 1 more). 1 unexpected (x). "
+        "1 of another shape (b (3, 1) instead of (2,)).")
+
+
+def change(state: dict[str, Tensor], what: str) -> dict[str, Tensor]:
+    if what == "missing":
+        state.pop("fc.bias")
+    elif what == "unexpected":
+        state["fc.scale"] = torch.ones(3)
+    elif what == "shape":
+        state["conv1.weight"] = torch.ones(4, 3, 3, 3)
+    else:
+        state = make_state(num_classes=7)
+    return state
+
+
+@pytest.mark.parametrize("what, sentence", [
+    ("missing", r"1 missing \(fc.bias\)\."),
+    ("unexpected", r"1 unexpected \(fc.scale\)\."),
+    ("shape", r"1 of another shape \(conv1.weight \(4, 3, 3, 3\) instead of \(4, 3, 7, 7\)\)\."),
+    ("classes", r"2 of another shape \(fc.weight \(7, 8\) instead of \(10, 8\), fc.bias \(7,\) "
+                r"instead of \(10,\)\)\."),
+])
+def test_what_does_not_fit_is_refused_and_changes_nothing(what, sentence, tmp_path):
+    path = save({"model": change(make_state(), what)}, tmp_path)
+    model = make_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(UserError, match=sentence) as caught:
+        load_weights(model, path)
+    assert str(caught.value).startswith(f"{path} does not fit ResNet: ")
+    assert_same(model.state_dict(), before)
+
+
+# What is no checkpoint
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_truncated_file(legacy, tmp_path):
+    path = tmp_path / "weights.pth"
+    torch.save({"model": make_state()}, path, _use_new_zipfile_serialization=not legacy)
+    content = path.read_bytes()
+    for size in (len(content) // 2, len(content) - 100, 30, 0):
+        path.write_bytes(content[:size])
+        with pytest.raises(UserError, match=f"{re.escape(str(path))} is not a readable PyTorch"):
+            load_weights(make_model(), path)
+
+
+@pytest.mark.parametrize("content", [
+    b"epoch 3, top-1 71.5\n", b"<!DOCTYPE html><html>Too many users\n", b"{\"model\": []}\n",
+    b"a\n", b"\x80\x02", b"\x89PNG\r\n\x1a\n" + bytes(100), bytes(range(256)), b"(lp0\n.", b"0.",
+    b"hello\n", b"test\n", b"PK\x03\x04 not a zip", b"version https://git-lfs.github.com/spec/v1\n",
+])
+def test_a_file_that_is_something_else(content, tmp_path):
+    path = tmp_path / "weights.pth"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=re.escape(str(path))):
+        load_weights(make_model(), path)
+
+
+class RunsCode:
+    """A pickle that creates a file when it is loaded the ordinary way."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("writer", ["torch", "legacy torch", "pickle"])
+def test_a_pickle_that_would_run_code_is_refused_without_running_it(writer, tmp_path):
+    path, marker = tmp_path / "weights.pth", tmp_path / "ran"
+    content = {"model": make_state(), "args": RunsCode(marker)}
+    if writer == "pickle":
+        path.write_bytes(pickle.dumps(content["args"], protocol=2))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=writer == "torch")
+    with pytest.raises(UserError, match="not a readable PyTorch checkpoint"):
+        load_weights(make_model(), path)
+    assert not marker.exists()
+    with open(path, "rb") as file:  # the ordinary way does run it, so the test means something
+        pickle.load(file) if writer == "pickle" else torch.load(path, weights_only=False)
+    assert marker.exists()
+
+
+@pytest.mark.parametrize("content, kind", [([torch.ones(2)], "list"), (torch.ones(2), "Tensor")])
+def test_a_file_that_holds_no_dict(content, kind, tmp_path):
+    path = save(content, tmp_path)
+    with pytest.raises(UserError, match=f"holds a {kind}, expected a dict of tensors"):
+        load_weights(make_model(), path)
+
+
+def test_a_dict_with_other_keys_than_names(tmp_path):
+    for content in ({0: torch.ones(2), 1: torch.ones(2)}, {0: 1}):
+        with pytest.raises(UserError):
+            load_weights(make_model(), save(content, tmp_path))
+
+
+def test_no_such_file_and_a_folder(tmp_path):
+    with pytest.raises(UserError, match="no such file: .*nothing.pth"):
+        load_weights(make_model(), tmp_path / "nothing.pth")
+    with pytest.raises(UserError, match=re.escape(str(tmp_path))):
+        load_weights(make_model(), tmp_path)
+
+
+# Computed buffers
+
+
+@pytest.mark.parametrize("change_computed", ["removed", "of the official code", "of another value"])
+def test_computed_buffers_are_ignored_and_not_required(change_computed, tmp_path):
+    model = create_model("swin_nano", 10)
+    computed = {name: value.clone() for name, value in model.state_dict().items()
+                if name.endswith("relative_position_index")}
+    state = fill_by_name(create_model("swin_nano", 10), salt=1).state_dict()
+    learned = {name: value for name, value in state.items() if name not in computed}
+    assert computed
+    others = {"removed": {}, "of another value": {name: value + 1 for name, value in state.items()
+                                                  if name in computed},
+              "of the official code": {"layers.0.blocks.1.attn_mask": torch.zeros(64, 49, 49),
+                                       "layers.0.attn.relative_position_index": torch.ones(49, 49)}}
+    load_weights(model, save({"model": {**learned, **others[change_computed]}}, tmp_path))
+    assert_same(model.state_dict(), {name: computed.get(name, value)
+                                     for name, value in state.items()})
+
+
+# Addresses
+
+
+@pytest.mark.parametrize("name", TORCHVISION_NAMES)
+def test_published_addresses_are_torchvisions_own(name):
+    weights = torchvision.models.get_model_weights(TORCHVISION_NAMES[name]).DEFAULT
+    assert published_source(name) == weights.url
+    assert PUBLISHED[name].top1 == weights.meta["_metrics"]["ImageNet-1K"]["acc@1"]
+
+
+def test_published_names_are_registered():
+    assert set(PUBLISHED) <= set(list_models())
+    assert len({source.url for source in PUBLISHED.values()}) == len(PUBLISHED)
+    with pytest.raises(UserError, match="'slak_nano' .known: slak_t, .*the word random"):
+        published_source("slak_nano")
+
+
+class Downloads:
+    """Stands in for torch.hub.download_url_to_file: notes each call and writes `content`."""
+
+    def __init__(self, content: object = None, error: Exception | None = None) -> None:
+        self.content, self.error, self.calls = content, error, []
+
+    def __call__(self, url: str, dst: str, hash_prefix: str | None = None, **_) -> None:
+        self.calls.append((url, Path(dst), hash_prefix))
+        if self.error is not None:
+            raise self.error
+        torch.save(self.content, dst)
+
+
+@pytest.fixture
+def serve(monkeypatch, tmp_path):
+    """serve(...) puts a Downloads in place of the network; the cache is tmp_path."""
+    def install(*args, **kwargs) -> Downloads:
+        downloads = Downloads(*args, **kwargs)
+        monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+        monkeypatch.setattr(torch.hub, "download_url_to_file", downloads)
+        return downloads
+    return install
+
+
+@pytest.mark.parametrize("name", CACHE_NAMES)
+def test_name_in_the_cache(name, serve, tmp_path):
+    downloads = serve({})
+    path = local_file(published_source(name))
+    assert path == tmp_path / "hub" / "checkpoints" / CACHE_NAMES[name]
+    assert [(url, dst) for url, dst, _ in downloads.calls] == [(PUBLISHED[name].url, path)]
+
+
+def test_every_published_file_has_its_own_name(serve):
+    serve({})
+    names = [local_file(published.url).name for published in PUBLISHED.values()]
+    assert len(set(names)) == len(names) and all(name.endswith(".pth") for name in names)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_hash_in_torchvisions_names_is_checked(name, serve):
+    downloads = serve({})
+    local_file(PUBLISHED[name].url)
+    expected = None
+    if name in TORCHVISION_NAMES:
+        expected = PUBLISHED[name].url.rpartition("-")[2].removesuffix(".pth")
+        assert len(expected) == 8
+    assert [hash_prefix for _, _, hash_prefix in downloads.calls] == [expected]
+
+
+def test_the_epoch_in_a_checkpoints_name_is_no_hash(serve):
+    downloads = serve({})
+    local_file("https://example.org/run/checkpoint-299.pth")
+    assert downloads.calls[0][2] is None
+
+
+def test_two_addresses_do_not_share_a_file(serve):
+    """Every run writes a checkpoint-best.pth."""
+    serve({})
+    paths = {local_file(f"https://example.org/run{i}/checkpoint-best.pth") for i in range(2)}
+    assert len(paths) == 2
+
+
+def test_an_address_is_downloaded_once_and_loads(serve):
+    downloads = serve({"model": make_state()})
+    for _ in range(2):
+        model = make_model()
+        load_weights(model, "https://example.org/weights.pth")
+        assert_same(model.state_dict(), make_state())
+    assert len(downloads.calls) == 1
+
+
+@pytest.mark.parametrize("error", [
+    urllib.error.URLError("Name or service not known"), TimeoutError("timed out"),
+    urllib.error.HTTPError("https://example.org", 404, "Not Found", None, None),
+    RuntimeError('invalid hash value (expected "11ad3fa6", got "e3b0c442")')])
+def test_offline_tells_how_to_fetch_by_hand(error, serve, tmp_path):
+    serve(error=error)
+    with pytest.raises(UserError) as caught:
+        load_weights(make_model(), published_source("resnet50"))
+    message = str(caught.value)
+    assert PUBLISHED["resnet50"].url in message and str(error) in message
+    path = tmp_path / "hub" / "checkpoints" / "resnet50-11ad3fa6.pth"
+    assert "Fetch it by hand" in message and str(path) in message
+    assert not path.exists()
+    torch.save(make_state(), path)  # what the message says
+    load_weights(make_model(), published_source("resnet50"))
+
+
+def test_a_path_is_itself_and_downloads_nothing(serve, tmp_path):
+    downloads = serve({})
+    assert local_file(tmp_path / "a.pth") == tmp_path / "a.pth"
+    assert local_file("some/download") == Path("some/download")
+    assert downloads.calls == []
