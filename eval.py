@@ -52,15 +52,15 @@ def build_parser() -> config.Parser:
 
 def main(argv: list[str] | None = None) -> int:
     try:
-        return run(build_parser().parse(sys.argv[1:] if argv is None else argv))
+        code = run(build_parser().parse(sys.argv[1:] if argv is None else argv))
     except UserError as error:
-        print(f"eval.py: error: {error}", file=sys.stderr)
+        distributed.report_error("eval.py", error)
         return 2
     except KeyboardInterrupt:
         print("eval.py: interrupted.", file=sys.stderr)
         return 130
-    finally:
-        distributed.shutdown()
+    distributed.shutdown()
+    return code
 
 
 def run(args: argparse.Namespace) -> int:

@@ -147,15 +147,15 @@ class Parts(NamedTuple):
 def main(argv: list[str] | None = None) -> int:
     """0 when the run is complete, 143 when it was asked to stop, 2 for an error of the user's."""
     try:
-        return run(build_parser().parse(sys.argv[1:] if argv is None else argv))
+        code = run(build_parser().parse(sys.argv[1:] if argv is None else argv))
     except UserError as error:
-        print(f"train_kd.py: error: {error}", file=sys.stderr)
+        distributed.report_error("train_kd.py", error)
         return 2
     except KeyboardInterrupt:
         print("train_kd.py: interrupted; what was saved before is kept.", file=sys.stderr)
         return 130
-    finally:
-        distributed.shutdown()
+    distributed.shutdown()
+    return code
 
 
 def run(args: argparse.Namespace) -> int:
@@ -174,6 +174,7 @@ def run(args: argparse.Namespace) -> int:
     parts = build_parts(args, device, sources, load_student=saved is None)
     if saved is not None:
         parts.state.load_state_dict(saved)
+    try_one_batch(args, parts)
     log = start_folder(args, folder)
     describe_run(args, parts, folder, resumed=saved is not None)
     with distributed.StopRequest() as stop:
@@ -285,6 +286,9 @@ def build_parts(args: argparse.Namespace, device: torch.device, sources: list,
     torch.manual_seed(fold_seed(args.seed, "student"))
     student = build_model(args.student, "--student", args.num_classes,
                           args.student_weights if load_student else "random")
+    if student.input_size not in (None, args.input_size):
+        raise UserError(f"--student {args.student[0]} takes {student.input_size} px only, and "
+                        f"--input-size is {args.input_size}.")
     teacher = build_teacher(args, student)
     options = engine.StepOptions(
         device=device, amp_dtype=AMP_DTYPES[args.amp], accum_steps=args.accum_steps,
@@ -300,6 +304,18 @@ def build_parts(args: argparse.Namespace, device: torch.device, sources: list,
     if args.compile and teacher is not None:
         teacher.compile()
     return Parts(teacher, build_state(args, distiller, options), train, val, mix, options)
+
+
+@torch.no_grad()
+def try_one_batch(args: argparse.Namespace, parts: Parts) -> None:
+    """Two blank images through teacher, student and losses, without a trace: what does not fit
+    together shall fail before the run folder exists."""
+    images = torch.zeros(2, 3, args.input_size, args.input_size)
+    images, targets = parts.mix(images, torch.zeros(2, dtype=torch.long), seed=0)
+    images, targets = parts.options.to_device(images, targets)
+    distiller = parts.state.distiller.eval()
+    with parts.options.autocast():
+        distiller(images, targets, parts.teacher and parts.teacher(images))
 
 
 def build_model(words: list[str], flag: str, num_classes: int, weights: str) -> models.VisionModel:
@@ -416,7 +432,9 @@ def describe_run(args: argparse.Namespace, parts: Parts, folder: Path, resumed: 
         say(f"{role}: {' '.join(words)}, weights {weights}, {model.num_parameters:,} parameters, "
             f"stages {stages}")
     weights = parts.state.distiller.weights
-    say("loss: " + " + ".join(f"{weights[words[0]]:g} x {' '.join(words)}" for words in args.loss))
+    say("loss: " + " + ".join(
+        f"{weights[words[0]]:g} x " + " ".join(w for w in words if not w.startswith("weight="))
+        for words in args.loss))
     say(f"effective batch {args.effective_batch} = {args.world_size} process(es) x "
         f"{args.batch_size} images x {args.accum_steps} accumulated")
     total = args.epochs * args.steps_per_epoch

@@ -110,7 +110,7 @@ class FoldedLargeKernel(nn.Module):
 class SLaK(ConvNeXtFrame):
     """Sparse Large Kernel network.
 
-    `kernel_size` holds five odd numbers: the kernel k of each stage, and N, the short edge of the
+    `kernel_size` holds odd numbers: the kernel k of each stage (four), and N, the short edge of the
     decomposed kernels and the size of the parallel small one (none where N >= k; the published
     ConvNeXt setting writes N = 100 for that). `dims` are widths before `width_factor`; each becomes
     `int(dim * width_factor)`, truncated as published (96 * 1.3 -> 124).
@@ -121,8 +121,8 @@ class SLaK(ConvNeXtFrame):
                  kernel_size: Sequence[int] = LARGE_KERNELS, width_factor: float = 1.3,
                  decomposed: bool = True, bn: bool = True, layer_scale_init: float = 1e-6,
                  drop_path: float = 0.0, head_init_scale: float = 1.0) -> None:
-        _check_kernels(kernel_size, decomposed)
-        small_kernel = kernel_size[4]
+        _check_kernels(kernel_size, len(dims), decomposed)
+        small_kernel = kernel_size[-1]
 
         def make_block(stage: int, dim: int, rate: float) -> nn.Module:
             mixer = LargeKernel(dim, kernel_size[stage], small_kernel, decomposed, bn)
@@ -140,11 +140,11 @@ class SLaK(ConvNeXtFrame):
         return self
 
 
-def _check_kernels(kernel_size: Sequence[int], decomposed: bool) -> None:
+def _check_kernels(kernel_size: Sequence[int], num_stages: int, decomposed: bool) -> None:
     numbers = list(kernel_size) if isinstance(kernel_size, (tuple, list)) else [kernel_size]
-    if len(numbers) != 5 or not all(isinstance(k, int) and k > 0 for k in numbers):
-        raise UserError("kernel_size takes five positive integers, the kernel of each stage and "
-                        f"the small kernel N, e.g. 51,49,47,13,5; got {numbers}.")
-    used = numbers[:4] + [numbers[4]] * (decomposed or numbers[4] < max(numbers[:4]))
+    if len(numbers) != num_stages + 1 or not all(isinstance(k, int) and k > 0 for k in numbers):
+        raise UserError(f"kernel_size takes {num_stages + 1} positive integers, the kernel of each "
+                        f"stage and the small kernel N, e.g. 51,49,47,13,5; got {numbers}.")
+    used = numbers[:-1] + [numbers[-1]] * (decomposed or numbers[-1] < max(numbers[:-1]))
     if any(k % 2 == 0 for k in used):
         raise UserError(f"kernels must be odd to keep the size of a map; got {numbers}.")

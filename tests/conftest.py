@@ -1,4 +1,4 @@
-"""Two threads for every test, and the folder of small reference figures."""
+"""One thread for every test, and the folder of small reference figures."""
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ FIXTURES = Path(__file__).parent / "fixtures"
 
 @pytest.fixture(autouse=True)
 def _few_threads() -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -87,12 +87,13 @@ class WithToken(nn.Module):
         super().__init__()
         self.token = nn.Parameter(torch.zeros(1, 1, 4))
         self.weight = nn.Parameter(torch.zeros(4, 4))
+        self.table = nn.ParameterDict({"bias": torch.zeros(4, 4)})
 
     def no_weight_decay(self) -> set[str]:
         return {"token"}
 
 
-def test_what_the_model_exempts_does_not_decay():
+def test_biases_of_any_shape_and_what_the_model_exempts_do_not_decay():
     decaying = [group["names"] for group in parameter_groups(WithToken(), 0.05) if group["decays"]]
     assert decaying == [["weight"]]
 

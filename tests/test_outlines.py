@@ -1,4 +1,4 @@
-"""The outlines data set: a pure function of its counter, and no class in a dot or in a pixel count."""
+"""The outlines data set: a pure function of its counter; no class in dot or pixel counts."""
 import numpy as np
 import pytest
 
@@ -73,8 +73,12 @@ def test_number_of_bright_pixels_does_not_tell_the_class():
 
 
 @pytest.mark.parametrize("arguments, said", [
-    (("test", 10), "splits train and val"), (("train", 0), "as size"), (("train", 10, -1), "as seed"),
-    (("train", 10, 0, 8), "as image_size"), (("train", 2.5), "as size")])
+    (("test", 10), "splits train and val"),
+    (("train", 0), "as size"),
+    (("train", 2.5), "as size"),
+    (("train", 10, -1), "as seed"),
+    (("train", 10, 0, 8), "as image_size"),
+])
 def test_bad_argument_is_named(arguments, said):
     with pytest.raises(UserError, match=said):
         Outlines(*arguments)

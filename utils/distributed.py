@@ -1,10 +1,13 @@
 """One process or many, started by torchrun; every function also works with one."""
 import os
 import signal
+import sys
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from utils.errors import UserError
 
 
 def setup(device: str) -> torch.device:
@@ -14,6 +17,8 @@ def setup(device: str) -> torch.device:
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no CUDA device here. Use --device cpu.")
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if device == "cuda":
         torch.cuda.set_device(local_rank)
@@ -26,6 +31,12 @@ def setup(device: str) -> torch.device:
 def shutdown() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def report_error(program: str, error: Exception) -> None:
+    """The sentence on standard error, with the process it comes from when there are many."""
+    who = f" (process {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    print(f"{program}: error{who}: {error}", file=sys.stderr, flush=True)
 
 
 def rank() -> int:
@@ -63,7 +74,8 @@ def gather_objects(value: object) -> list:
 
 class StopRequest:
     """SIGTERM or SIGINT, inside `with`, as a wish to stop after the current update, the same on all
-    processes. A second signal acts as usual, for whoever cannot wait.
+    processes. A second Ctrl-C acts as usual, for whoever cannot wait; torchrun follows the first
+    with a SIGTERM, which must not cut the saving short.
     """
 
     def __enter__(self) -> "StopRequest":
@@ -78,7 +90,7 @@ class StopRequest:
 
     def _note(self, number: int, frame: object) -> None:
         self._is_asked = True
-        self.__exit__()
+        signal.signal(signal.SIGINT, self._previous[signal.SIGINT])
 
     def agreed(self) -> bool:
         """Whether any process was asked to stop. To be called by all, once per update; four bytes

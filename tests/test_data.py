@@ -1,0 +1,463 @@
+"""Samples, keys and loaders as functions of counters; folders of pictures; the command line."""
+import io
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from torch import Tensor
+from torchvision import transforms as T
+from torchvision.datasets import CIFAR100
+
+import data
+import eval as evaluation
+import train_kd
+from data import loader as loading
+from data.loader import EvalKeys, Samples, TrainKeys
+from utils.config import Parser, plain
+from utils.errors import UserError
+
+STATS = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
+RECIPES = sorted((Path(__file__).parent.parent / "run_scripts" / "recipes").glob("*.yaml"))
+WORKERS = dict(num_workers=0, skip_bad_images=False, pin_memory=False)
+
+
+@pytest.fixture(scope="module")
+def source() -> data.ImageSource:
+    return data.create_dataset("outlines", "train", None, train_size=24, image_size=32)
+
+
+def augmented(source: data.ImageSource, seed: int = 0) -> Samples:
+    return Samples(source, data.train_transform(32, **STATS), seed)
+
+
+def ranks(monkeypatch, rank: int, world: int) -> None:
+    monkeypatch.setattr(loading, "rank", lambda: rank)
+    monkeypatch.setattr(loading, "world_size", lambda: world)
+
+
+# Samples
+
+
+def test_a_sample_depends_on_seed_epoch_and_index_alone(source):
+    samples = augmented(source)
+    keys = [(epoch, index) for epoch in (0, 1) for index in (0, 1, 5)]
+    first = {key: samples[key][0] for key in keys}
+    torch.manual_seed(12345)
+    np.random.seed(12345)
+    for key in reversed(keys):
+        assert torch.equal(augmented(source)[key][0], first[key])
+    for a, b in itertools.combinations(keys, 2):
+        assert not torch.equal(first[a], first[b]), (a, b)
+    assert not torch.equal(augmented(source, seed=1)[keys[0]][0], first[keys[0]])
+
+
+def test_a_sample_leaves_the_global_generator_alone(source):
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    samples = augmented(source)
+    for index in range(4):
+        samples[0, index]
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_labels_and_indices_come_with_the_images(source):
+    image, label, index = augmented(source)[2, 13]
+    assert image.shape == (3, 32, 32) and image.dtype == torch.float32
+    assert (label, index) == (source.load(13)[1], 13)
+
+
+class Spoilt:
+    """Pictures of one level each, some of which cannot be read."""
+
+    classes = ["only"]
+
+    def __init__(self, size: int, bad: set[int]) -> None:
+        self.size, self.bad, self.loads = size, bad, []
+
+    def __len__(self) -> int:
+        return self.size
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        self.loads.append(index)
+        if index in self.bad:
+            raise OSError("truncated")
+        return Image.new("RGB", (4, 4), (index, index, index)), 0
+
+    def name_of(self, index: int) -> str:
+        return f"picture {index}"
+
+
+def test_the_next_readable_picture_stands_in_for_one_that_is_not():
+    samples = Samples(Spoilt(4, {1, 3}), T.PILToTensor(), seed=0)
+    seen = [(int(image[0, 0, 0]), index) for image, _, index in (samples[0, i] for i in range(4))]
+    assert seen == [(0, 0), (2, -2), (2, 2), (0, -4)]
+
+
+def test_all_unreadable_is_an_error_and_not_for_ever():
+    with pytest.raises(UserError, match="none of the 3 pictures .* picture 0"):
+        Samples(Spoilt(3, {0, 1, 2}), T.PILToTensor(), seed=0)[0, 1]
+
+
+# Keys
+
+
+def train_keys(size: int = 23, batch: int = 4, number: int = 5, seed: int = 0,
+               epoch: int = 0) -> TrainKeys:
+    keys = TrainKeys(size, batch, number, seed)
+    keys.epoch = epoch
+    return keys
+
+
+def test_no_sample_twice_in_an_epoch_and_every_epoch_in_another_order():
+    orders = [[index for batch in train_keys(epoch=epoch) for _, index in batch]
+              for epoch in range(3)]
+    for order in orders:
+        assert len(set(order)) == len(order) == 20 and set(order) <= set(range(23))
+    assert len({tuple(order) for order in orders}) == 3
+    assert list(train_keys(seed=1)) != list(train_keys())
+    assert {epoch for batch in train_keys(epoch=2) for epoch, _ in batch} == {2}
+
+
+def test_every_sample_has_its_turn():
+    """What an epoch leaves out changes with the epoch."""
+    seen = {index for epoch in range(8) for batch in train_keys(epoch=epoch) for _, index in batch}
+    assert seen == set(range(23))
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_processes_share_the_batches_of_one(world, monkeypatch):
+    whole = list(train_keys(batch=4))
+    shares = []
+    for rank in range(world):
+        ranks(monkeypatch, rank, world)
+        shares.append(list(train_keys(batch=4 // world)))
+    for step, batch in enumerate(whole):
+        assert sum((share[step] for share in shares), []) == batch
+
+
+def test_keys_start_anywhere():
+    whole = list(train_keys(epoch=1))
+    for start in range(6):
+        keys = train_keys(epoch=1)
+        keys.start = start
+        assert list(keys) == whole[start:] and len(keys) == 5 - start
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 7, 12])
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_evaluation_covers_everything_once(size, world, monkeypatch):
+    seen = []
+    for rank in range(world):
+        ranks(monkeypatch, rank, world)
+        batches = list(EvalKeys(size, 2))
+        assert len(batches) == len(EvalKeys(size, 2)) and all(map(len, batches))
+        seen += [index for batch in batches for _, index in batch]
+    assert sorted(seen) == list(range(size))
+
+
+# Loader
+
+
+def train_loader(source: data.ImageSource, **changes) -> data.Loader:
+    return data.train_loader(source, data.train_transform(32, **STATS), **{
+        "batch_size": 4, "num_batches": 6, "seed": 0, **WORKERS, **changes})
+
+
+def assert_same(left: list, right: list) -> None:
+    assert len(left) == len(right) > 0
+    for a, b in zip(left, right):
+        assert all(torch.equal(x, y) for x, y in zip(a, b))
+
+
+def test_batches_do_not_depend_on_workers_and_continue_where_they_stopped(source):
+    plain_loader = train_loader(source)
+    epochs = [list(plain_loader.start_at(epoch, 0)) for epoch in (0, 1)]
+    assert [len(epoch) for epoch in epochs] == [6, 6]
+    assert not torch.equal(epochs[0][0][2], epochs[1][0][2])
+    torch.manual_seed(99)
+    with_workers = train_loader(source, num_workers=2)  # the same workers for all epochs
+    for epoch, start in ((0, 0), (1, 0), (1, 4), (0, 5)):
+        assert len(with_workers.start_at(epoch, start)) == 6 - start
+        assert_same(list(with_workers), epochs[epoch][start:])
+        assert_same(list(train_loader(source).start_at(epoch, start)), epochs[epoch][start:])
+
+
+def test_a_continued_loader_does_not_read_what_was_before():
+    source = Spoilt(24, set())
+    loader = data.train_loader(source, T.ToTensor(), **{
+        "batch_size": 4, "num_batches": 6, "seed": 0, **WORKERS})
+    indices = [batch[2] for batch in loader.start_at(0, 5)]
+    assert source.loads == torch.cat(indices).tolist() and len(source.loads) == 4
+
+
+def evaluate_all(source: data.ImageSource, **changes) -> list[tuple[Tensor, ...]]:
+    return list(data.eval_loader(source, T.ToTensor(), **{
+        "batch_size": 4, "num_workers": 0, **changes}))
+
+
+def test_evaluation_batches_are_in_order():
+    batches = evaluate_all(Spoilt(10, set()))
+    assert torch.cat([batch[2] for batch in batches]).tolist() == list(range(10))
+    assert [len(batch[0]) for batch in batches] == [4, 4, 2]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_picture_is_reported_once(workers, capsys):
+    loader = data.eval_loader(Spoilt(9, {2, 8}), T.ToTensor(), batch_size=4, num_workers=workers,
+                              skip_bad_images=True)
+    for _ in range(2):
+        indices = torch.cat([batch[2] for batch in loader]).tolist()
+        assert indices == [0, 1, -3, 3, 4, 5, 6, 7, -9]
+    printed = capsys.readouterr().out
+    assert printed.count("cannot read the picture picture 2 (truncated); skipped, 1 so far") == 1
+    assert printed.count("picture 8 (truncated); skipped, 2 so far") == 1
+    assert printed.count("skipped") == 2
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_picture_is_an_error_unless_allowed(workers):
+    with pytest.raises(UserError, match=r"picture 2 \(truncated\).*--skip-bad-images"):
+        evaluate_all(Spoilt(9, {2, 8}), num_workers=workers)
+
+
+# Folders of pictures
+
+
+def save(folder: Path, name: str, mode: str) -> np.ndarray:
+    """A picture of this mode under this name; the RGB pixels it stands for."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ramp = np.linspace(0, 255, 24 * 20 * 3).reshape(24, 20, 3).astype(np.uint8)
+    picture = Image.fromarray(ramp)
+    if mode == "RGBA":
+        picture.putalpha(128)
+    elif mode == "LA":
+        picture = picture.convert("L").convert("LA")
+    else:
+        picture = picture.convert(mode)
+    picture.save(folder / name)
+    return np.asarray(picture.convert("RGB"))
+
+
+@pytest.mark.parametrize("mode, name", [
+    ("L", "a.png"), ("L", "a.jpg"), ("CMYK", "a.jpg"), ("RGBA", "a.png"), ("P", "a.png"),
+    ("1", "a.bmp"), ("LA", "a.png"), ("RGB", "a.JPEG"), ("RGB", "a.webp")])
+def test_every_kind_of_picture_becomes_rgb(mode, name, tmp_path):
+    expected = save(tmp_path / "train" / "ant", name, mode)
+    picture, label = data.create_dataset("imagefolder", "train", str(tmp_path)).load(0)
+    assert picture.mode == "RGB" and picture.size == (20, 24) and label == 0
+    difference = np.abs(np.asarray(picture).astype(int) - expected).mean()
+    assert difference < (12 if name.lower().endswith(("jpg", "jpeg", "webp")) else 0.01)
+    assert data.eval_transform(32, **STATS)(picture).shape == (3, 32, 32)
+
+
+def test_labels_follow_the_names_of_the_folders(tmp_path):
+    for number, name in enumerate(("n02", "n01", "n10")):
+        for i in range(number + 1):
+            save(tmp_path / "val" / name, f"{i}.png", "RGB")
+    save(tmp_path / "val" / "n01", "deep.txt.png", "L")
+    (tmp_path / "val" / "n01" / "notes.txt").write_text("no picture")
+    source = data.create_dataset("imagefolder", "val", str(tmp_path))
+    assert source.classes == ["n01", "n02", "n10"] and len(source) == 7
+    for index in range(7):
+        label = source.load(index)[1]
+        assert Path(source.name_of(index)).parent.name == source.classes[label]
+
+
+def test_a_truncated_jpeg_is_not_half_a_picture(tmp_path):
+    save(tmp_path / "train" / "ant", "a.jpg", "RGB")
+    path = tmp_path / "train" / "ant" / "a.jpg"
+    path.write_bytes(path.read_bytes()[:-200])
+    source = data.create_dataset("imagefolder", "train", str(tmp_path))
+    with pytest.raises(loading.UNREADABLE):
+        source.load(0)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM"])
+def test_whatever_is_wrong_with_a_file_counts_as_unreadable(kind, tmp_path):
+    """No damage gets past the list of errors that mark a picture as bad."""
+    (tmp_path / "train" / "ant").mkdir(parents=True)
+    path = tmp_path / "train" / "ant" / "a.png"  # told apart by content, not by name
+    buffer = io.BytesIO()
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 255, (20, 24, 3), dtype=np.uint8)).save(buffer, kind)
+    whole = buffer.getvalue()
+    path.write_bytes(whole)
+    source = data.create_dataset("imagefolder", "train", str(tmp_path))
+    source.load(0)
+    num_bad = 0
+    for length in np.linspace(0, len(whole) - 40, 60).astype(int):
+        path.write_bytes(whole[:length])
+        try:
+            source.load(0)
+        except loading.UNREADABLE:
+            num_bad += 1
+    assert num_bad > 30
+
+
+def test_outlines_through_the_registry():
+    train, val = (data.create_dataset("outlines", split, None, train_size=30, val_size=11, seed=4)
+                  for split in ("train", "val"))
+    assert (len(train), len(val)) == (30, 11) and train.classes == val.classes
+    data.check_same_classes(train, val)
+    pictures = [source.load(3)[0] for source in (train, val)]
+    assert pictures[0].size == (64, 64) and pictures[0].mode == "RGB"
+    assert pictures[0].tobytes() != pictures[1].tobytes()
+    again = data.create_dataset("outlines", "train", None, train_size=1000, seed=4)
+    assert again.load(3)[0].tobytes() == pictures[0].tobytes()
+    other = data.create_dataset("outlines", "train", None, train_size=30, seed=5)
+    assert other.load(3)[0].tobytes() != pictures[0].tobytes()
+    assert "train" in train.name_of(3) and "3" in train.name_of(3)
+
+
+class FakeCifar(CIFAR100):
+    """Three samples, and a note of every construction, in place of the 170 MB."""
+
+    made: list[tuple] = []
+
+    def __init__(self, root: str, train: bool, download: bool = False) -> None:
+        self.made.append((root, train, download))
+        self.data = np.full((3, 32, 32, 3), 40 if train else 80, dtype=np.uint8)
+        self.targets = [7, 0, 99]
+        self.classes = [f"class {i}" for i in range(100)]
+        self.transform = self.target_transform = None
+
+
+def test_cifar(monkeypatch):
+    monkeypatch.setattr("data.datasets.CIFAR100", FakeCifar)
+    monkeypatch.setattr(FakeCifar, "made", [])
+    train, val = (data.create_dataset("cifar100", split, "there") for split in ("train", "val"))
+    assert FakeCifar.made == [("there", True, True), ("there", True, False),
+                              ("there", False, True), ("there", False, False)]
+    assert len(train) == 3 and len(train.classes) == 100
+    assert train.load(2)[1] == 99 and train.load(2)[0].size == (32, 32)
+    assert [np.asarray(source.load(0)[0])[0, 0, 0] for source in (train, val)] == [40, 80]
+    assert "train" in train.name_of(2) and "2" in train.name_of(2)
+
+
+# The command line and recipes
+
+
+def small_parser() -> Parser:
+    parser = train_kd.build_parser()
+    assert isinstance(parser, Parser)
+    return parser
+
+
+def parse(*words: str):
+    return small_parser().parse(list(words))
+
+
+def recipe(folder: Path, text: str) -> list[str]:
+    path = folder / "recipe.yaml"
+    path.write_text(text)
+    return ["--config", str(path)]
+
+
+def test_underscores_are_dashes():
+    for words in (("--data-path", "a_b"), ("--data_path", "a_b"), ("--data_path=a_b",)):
+        args = parse(*words)
+        assert args.data_path == "a_b" and args.given == ["data_path"]
+    assert parse("--update_freq", "4").accum_steps == 4
+    assert parse("--no_model_ema").model_ema is False
+    assert parse("--student", "convnext_nano", "drop_path=0.1").student == [
+        "convnext_nano", "drop_path=0.1"]
+
+
+@pytest.mark.parametrize("name", ["model-ema", "skip-bad-images", "auto-resume", "compile"])
+def test_booleans_go_both_ways(name):
+    dest = name.replace("-", "_")
+    assert getattr(parse(f"--{name}"), dest) is True
+    assert getattr(parse(f"--no-{name}"), dest) is False
+    assert parse(f"--no-{name}").given == [dest]
+
+
+def test_flags_are_not_abbreviated():
+    with pytest.raises(UserError, match="'--epoch'.*Did you mean '--epochs'"):
+        parse("--epoch", "3")
+
+
+def test_a_recipe_sets_defaults_and_the_command_line_wins(tmp_path):
+    words = recipe(tmp_path, "epochs: 7\nlr: 2e-3\nmodel_ema: true\nmin-lr: 0\n"
+                   "student: convnext_nano drop_path=0.1\ndata-set: [outlines, train_size=5]\n"
+                   "scale: [0.5, 1]\nclip-grad: null\n")
+    args = parse(*words)
+    assert (args.epochs, args.lr, args.model_ema, args.min_lr) == (7, 2e-3, True, 0.0)
+    assert isinstance(args.min_lr, float) and isinstance(args.scale[1], float)
+    assert args.student == ["convnext_nano", "drop_path=0.1"]
+    assert args.data_set == ["outlines", "train_size=5"]
+    assert args.scale == [0.5, 1.0] and args.clip_grad is None and args.given == ["config"]
+    args = parse(*words, "--epochs", "8", "--no-model-ema", "--student", "resnet_nano")
+    assert (args.epochs, args.model_ema, args.student) == (8, False, ["resnet_nano"])
+    assert args.lr == 2e-3 and args.given == ["config", "epochs", "model_ema", "student"]
+    before = parse("--epochs", "8", *words)  # wherever the recipe stands
+    assert before.epochs == 8
+
+
+def test_losses_of_the_command_line_replace_those_of_the_recipe(tmp_path):
+    words = recipe(tmp_path, "loss: [nkd gamma=2, fd weight=0.1]\n")
+    for _ in range(2):  # the defaults are not added to either
+        assert parse(*words).loss == [["nkd", "gamma=2"], ["fd", "weight=0.1"]]
+    assert parse(*words, "--loss", "kd", "--loss", "fd").loss == [["kd"], ["fd"]]
+    assert parse(*recipe(tmp_path, "loss: kd temperature=2\n")).loss == [["kd", "temperature=2"]]
+    assert parse().loss is None
+
+
+def test_the_losses_of_a_run_folder_are_a_recipe(tmp_path):
+    """args.yaml writes them as lists of words."""
+    text = yaml.safe_dump({"loss": parse("--loss", "nkd", "gamma=2", "--loss", "fd").loss})
+    assert parse(*recipe(tmp_path, text)).loss == [["nkd", "gamma=2"], ["fd"]]
+
+
+def test_parsing_twice_leaves_no_trace(tmp_path):
+    parser = small_parser()
+    first = parser.parse(recipe(tmp_path, "loss: [nkd]\nscale: [0.5, 1]\n"))
+    first.loss.append(["fd"]), first.scale.append(3)
+    assert small_parser().parse([]).scale == [0.08, 1.0]
+    assert small_parser().parse([]).loss is None
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_are_accepted_and_every_key_arrives(path):
+    args = plain(parse("--config", str(path)))
+    content = yaml.safe_load(path.read_text())
+    assert content
+    for key, value in content.items():
+        got = args[key.replace("-", "_")]
+        if key == "loss":
+            value = [str(item).split() for item in (value if isinstance(value, list) else [value])]
+        elif isinstance(got, list) and isinstance(value, str):
+            value = value.split()
+        elif isinstance(value, str) and not isinstance(got, str):
+            value = float(value)  # YAML 1.1 reads 1e-3 as text
+        assert got == value, key
+
+
+def test_the_imagenet_recipe_is_the_default():
+    path = next(path for path in RECIPES if path.name == "imagenet.yaml")
+    with_recipe, without = (plain(parse(*words)) for words in (["--config", str(path)], []))
+    assert with_recipe.pop("config") == str(path) and without.pop("config") is None
+    assert with_recipe == without
+    keys = {key.replace("-", "_") for key in yaml.safe_load(path.read_text())}
+    assert {"lr", "epochs", "mixup", "effective_batch", "weight_decay", "aa"} <= keys <= set(without)
+
+
+def test_what_the_run_folder_gets_is_plain():
+    args = parse("--output-dir", "x", "--resume", "y.pth")
+    values = plain(args)
+    assert values["output_dir"] == "x" and values["resume"] == "y.pth" and "given" not in values
+    assert yaml.safe_load(yaml.safe_dump(values)) == values
+
+
+@pytest.mark.parametrize("program", [train_kd, evaluation])
+def test_help_names_every_flag(program, capsys):
+    with pytest.raises(SystemExit) as stop:
+        program.build_parser().parse(["--help"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    for action in program.build_parser()._actions:
+        assert action.option_strings[-1] in printed and action.help, action.dest
