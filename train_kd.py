@@ -7,7 +7,6 @@ others; the command line wins.
 """
 import argparse
 import math
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -30,16 +29,9 @@ from utils.errors import UserError
 from utils.log import RunLog, say
 from utils.registry import parse_spec
 from utils.rng import fold_seed
+from utils.run_folder import LAST, find_checkpoint, run_name
 
 AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-# What a resumed run may change: where and how it runs and reports, not what it computes. How many
-# processes share an effective batch is free as long as the product is the same.
-FREE_ON_RESUME = frozenset({
-    "config", "output_dir", "resume", "auto_resume", "device", "num_workers", "print_every",
-    "save_freq", "save_num", "save_every_steps", "tensorboard", "skip_bad_images", "data_path",
-    "student_weights", "compile", "channels_last", "batch_size", "accum_steps", "world_size"})
-
 
 def build_parser() -> config.Parser:
     parser = config.Parser(prog="train_kd.py", description=__doc__.split("\n")[0])
@@ -169,8 +161,9 @@ def run(args: argparse.Namespace) -> int:
     args.num_classes, args.train_size = len(sources[0].classes), len(sources[0])
     resolve_batch(args)
     schedule = build_schedule(args)
-    folder = args.output_dir / run_name(args)
-    saved = find_checkpoint(args, folder)
+    folder = args.output_dir / run_name(args.teacher, args.student, args.loss, args.epochs,
+                                        args.seed)
+    saved = find_checkpoint(folder, args.resume, args.auto_resume, config.plain(args))
     parts = build_parts(args, device, sources, load_student=saved is None)
     if saved is not None:
         parts.state.load_state_dict(saved)
@@ -237,48 +230,6 @@ def build_schedule(args: argparse.Namespace) -> Callable[[int], dict[str, float]
     final_decay = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
     weight_decay = optim.cosine_schedule(args.weight_decay, final_decay, total)
     return lambda step: {"lr": lr(step), "weight_decay": weight_decay(step)}
-
-
-def run_name(args: argparse.Namespace) -> str:
-    """teacher-student-loss-epochs, each with the options given to it, and the seed unless 0."""
-    words = [args.teacher, args.student, [word for loss in args.loss for word in loss]]
-    parts = ["_".join(part) for part in words] + [f"{args.epochs}ep"]
-    if args.seed:
-        parts.append(f"seed{args.seed}")
-    return re.sub(r"[^\w.-]+", ".", "-".join(parts).replace("=", ""))
-
-
-# What a run starts from:
-# 1. --resume FILE;
-# 2. without it, the run folder's own checkpoint-last.pth, unless --no-auto-resume;
-# 3. without either, --student-weights;
-# 4. without that, random weights.
-# --teacher-weights has no part in it. Nothing already in the folder is ever overwritten by a run
-# that does not continue it.
-def find_checkpoint(args: argparse.Namespace, folder: Path) -> dict[str, Any] | None:
-    """The checkpoint to continue, checked against the command line; None for a new run."""
-    last = folder / "checkpoint-last.pth"
-    if args.resume is not None:
-        if last.exists() and args.resume.resolve().parent != folder.resolve():
-            raise UserError(f"{folder} holds another run, which --resume {args.resume} would "
-                            "overwrite. Set another --output-dir.")
-        path = args.resume
-    elif not last.exists():
-        return None
-    elif args.auto_resume:
-        path = last
-    else:
-        raise UserError(f"{folder} already holds a run. Leave out --no-auto-resume to continue it, "
-                        "or set another --output-dir.")
-    saved = checkpoint.load_file(path)
-    if "optimizer" not in saved or not isinstance(saved.get("args"), dict):
-        raise UserError(f"{path} is not a checkpoint of this program's training. Weights alone are "
-                        "loaded with --student-weights.")
-    changes = checkpoint.describe_changes(saved["args"], config.plain(args), FREE_ON_RESUME)
-    if changes:
-        raise UserError(f"{path} is from a run with other settings ({'; '.join(changes)}). Repeat "
-                        "its settings to continue it, or set another --output-dir.")
-    return saved
 
 
 def build_parts(args: argparse.Namespace, device: torch.device, sources: list,
@@ -462,7 +413,7 @@ def train(args: argparse.Namespace, parts: Parts, schedule: Callable, folder: Pa
         is_stopping = stop.agreed()
         if is_stopping or (args.save_every_steps and state.step % args.save_every_steps == 0):
             engine.checked_means(state)  # never save a NaN
-            save(args, state, folder, ["checkpoint-last.pth"])
+            save(args, state, folder, [LAST])
         return is_stopping
 
     while state.epoch < args.epochs:
@@ -529,7 +480,7 @@ def finish_epoch(args: argparse.Namespace, parts: Parts, means: dict[str, float]
 def checkpoint_names(args: argparse.Namespace, state: engine.TrainState,
                      record: dict[str, Any]) -> list[str]:
     """The files that this epoch's state goes to."""
-    names = ["checkpoint-last.pth"]
+    names = [LAST]
     if args.save_freq and (state.epoch % args.save_freq == 0 or state.epoch == args.epochs):
         names.append(f"checkpoint-{state.epoch - 1}.pth")
     return names + [f"checkpoint-best{suffix.replace('_', '-')}.pth" for suffix in ("", "_ema")

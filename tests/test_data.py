@@ -277,6 +277,7 @@ def test_a_truncated_jpeg_is_not_half_a_picture(tmp_path):
         source.load(0)
 
 
+@pytest.mark.filterwarnings("ignore")  # Pillow's, about the damage
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM"])
 def test_whatever_is_wrong_with_a_file_counts_as_unreadable(kind, tmp_path):
     """No damage gets past the list of errors that mark a picture as bad."""
@@ -407,12 +408,6 @@ def test_losses_of_the_command_line_replace_those_of_the_recipe(tmp_path):
     assert parse().loss is None
 
 
-def test_the_losses_of_a_run_folder_are_a_recipe(tmp_path):
-    """args.yaml writes them as lists of words."""
-    text = yaml.safe_dump({"loss": parse("--loss", "nkd", "gamma=2", "--loss", "fd").loss})
-    assert parse(*recipe(tmp_path, text)).loss == [["nkd", "gamma=2"], ["fd"]]
-
-
 def test_parsing_twice_leaves_no_trace(tmp_path):
     parser = small_parser()
     first = parser.parse(recipe(tmp_path, "loss: [nkd]\nscale: [0.5, 1]\n"))
@@ -443,7 +438,8 @@ def test_the_imagenet_recipe_is_the_default():
     assert with_recipe.pop("config") == str(path) and without.pop("config") is None
     assert with_recipe == without
     keys = {key.replace("-", "_") for key in yaml.safe_load(path.read_text())}
-    assert {"lr", "epochs", "mixup", "effective_batch", "weight_decay", "aa"} <= keys <= set(without)
+    assert {"lr", "epochs", "mixup", "effective_batch", "weight_decay", "aa"} <= keys
+    assert keys <= without.keys()
 
 
 def test_what_the_run_folder_gets_is_plain():

@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# The main job on the embedded data set: a small SLaK teacher; then, by the same recipe, the same
+# small-kernel student alone and distilled from it; then a table of the three.
+# Paper table: none (a demonstration; the shapes need long-range structure)
+# Hardware:    two CPU cores, at most 6 minutes after installation; no data, no GPU
+# Expected:    the table in README.md
+#
+#     bash run_scripts/quickstart.sh
+#     SEEDS="0 1 2" bash run_scripts/quickstart.sh      # mean and spread over three seeds
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
+RUNS=${RUNS:-runs/quickstart}
+SEEDS=${SEEDS:-0}
+
+# The same network but for its kernels: 15 and 7 on maps of 16x16 and 8x8 see the whole picture,
+# 3 and 3 see 32 of its 64 pixels.
+SHAPE=(depths=1,1 dims=48,96 width_factor=1.0 layer_scale_init=0)
+TEACHER=(slak_nano kernel_size=15,7,3 "${SHAPE[@]}")
+STUDENT=(convnext_bn_nano kernel_size=3,3,100 "${SHAPE[@]}")
+LOSS=(--loss nkd)
+EPOCHS=5
+
+train() {
+    "$PYTHON" train_kd.py --config run_scripts/recipes/outlines.yaml --epochs $EPOCHS \
+        --output-dir "$RUNS" "$@"
+}
+
+for seed in $SEEDS; do
+    echo "== teacher alone (seed $seed)"
+    train --seed "$seed" --teacher none --student "${TEACHER[@]}" "$@"
+    echo "== student alone (seed $seed)"
+    train --seed "$seed" --teacher none --student "${STUDENT[@]}" "$@"
+    suffix=$([[ $seed == 0 ]] || echo "-seed$seed")
+    teacher_folder=$(ls -d "$RUNS"/none-slak_nano*-${EPOCHS}ep"$suffix")
+    echo "== student distilled (seed $seed)"
+    train --seed "$seed" --teacher "${TEACHER[@]}" \
+        --teacher-weights "$teacher_folder/checkpoint-last.pth" --student "${STUDENT[@]}" \
+        "${LOSS[@]}" "$@"
+done
+
+echo
+"$PYTHON" -m analysis.report "$RUNS"/*
+echo
+echo "Run folders: $RUNS/"

@@ -1,0 +1,186 @@
+"""The shell scripts: what they may assume, and what setup.sh says when something is missing."""
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = sorted((ROOT / "run_scripts").glob("*.sh"))
+RUNNABLE = [path for path in SCRIPTS if path.name != "setup.sh"]
+NAMES = dict(ids=lambda path: path.name)
+TRAINING = re.compile(r"\btrain_kd\.py\b|\beval\.py\b|^train ")
+
+
+def bash(command: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    """A clean environment, without a network proxy or a virtual environment of the caller."""
+    env = {"PATH": os.environ["PATH"], "HOME": str(cwd), "PIP_NO_INDEX": "1", **environment}
+    return subprocess.run(["bash", "-c", command], cwd=cwd, env=env, capture_output=True,
+                          text=True, timeout=60)
+
+
+@pytest.fixture
+def copy(tmp_path) -> Path:
+    """run_scripts and the requirement files in a folder of their own."""
+    shutil.copytree(ROOT / "run_scripts", tmp_path / "run_scripts")
+    for path in ROOT.glob("requirements*.txt"):
+        shutil.copy(path, tmp_path)
+    return tmp_path
+
+
+def files(folder: Path) -> set[Path]:
+    return {path for path in folder.rglob("*") if "__pycache__" not in path.parts}
+
+
+SOURCE = "set -euo pipefail; source run_scripts/setup.sh {}; echo PYTHON=$PYTHON; pwd"
+
+
+@pytest.mark.parametrize("requirements", ["", "requirements.txt", "requirements-dev.txt"])
+def test_setup_takes_a_python_that_is_given(requirements, copy):
+    before, start = files(copy), time.monotonic()
+    result = bash(SOURCE.format(requirements), copy, L2S_PYTHON=sys.executable)
+    assert result.returncode == 0, result.stderr
+    assert time.monotonic() - start < 3
+    assert result.stdout.splitlines() == [f"PYTHON={sys.executable}", str(copy)]
+    assert files(copy) == before
+
+
+def test_setup_works_from_any_folder(copy):
+    (copy / "elsewhere").mkdir()
+    result = bash("source ../run_scripts/setup.sh; pwd", copy / "elsewhere",
+                  L2S_PYTHON=sys.executable)
+    assert result.stdout.splitlines() == [str(copy)], result.stderr
+
+
+def test_setup_names_what_is_missing(copy):
+    (copy / "requirements.txt").write_text(
+        "# a comment\nnumpy>=1.0\n\nno-such-package-a>=1\nPillow\nno_such_package_b[all]==2\n")
+    (copy / "requirements-dev.txt").write_text("-r requirements.txt\npytest\nno-such-tool\n")
+    before = files(copy)
+    for name, missing in (("requirements.txt", {"no-such-package-a", "no_such_package_b"}),
+                          ("requirements-dev.txt", {"no-such-package-a", "no_such_package_b",
+                                                    "no-such-tool"})):
+        result = bash(SOURCE.format(name), copy, L2S_PYTHON=sys.executable)
+        assert result.returncode == 2 and "PYTHON=" not in result.stdout
+        (named,) = re.findall(r"lacks: (.*?)\. Install", result.stderr)
+        assert set(named.split()) == missing
+        assert sys.executable in result.stderr and "unset L2S_PYTHON" in result.stderr
+    assert files(copy) == before
+
+
+def test_setup_says_when_the_python_does_not_run(copy):
+    result = bash(SOURCE.format(""), copy, L2S_PYTHON=str(copy / "no-python"))
+    assert result.returncode == 2
+    assert f"L2S_PYTHON={copy / 'no-python'} does not run" in result.stderr
+
+
+def test_setup_says_when_the_requirements_are_not_there(copy):
+    result = bash(SOURCE.format("requirement.txt"), copy, L2S_PYTHON=sys.executable)
+    assert result.returncode == 2
+    assert "requirement.txt" in result.stderr.splitlines()[-1]
+    assert "does not run" not in result.stderr
+
+
+def fake_venv(copy: Path) -> Path:
+    """An environment whose Python writes down what it is asked."""
+    python = copy / "env" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/usr/bin/env bash\necho "$@" >> {copy}/asked\nexit ${{FAIL:-0}}\n')
+    python.chmod(0o755)
+    return python.parent.parent
+
+
+def test_setup_installs_once_and_again_when_the_requirements_change(copy):
+    """Without L2S_PYTHON; pip is a stand-in, so nothing is fetched."""
+    venv, asked = fake_venv(copy), copy / "asked"
+    for number in (1, 1):
+        result = bash(SOURCE.format("requirements.txt"), copy, L2S_VENV=str(venv))
+        assert result.returncode == 0, result.stderr
+        lines = asked.read_text().splitlines()
+        assert len(lines) == number and "pip install" in lines[0]
+        assert lines[0].endswith("-r requirements.txt")
+    assert f"PYTHON={venv}/bin/python" in result.stdout and "installing" not in result.stdout
+    with open(copy / "requirements.txt", "a") as file:
+        file.write("another\n")
+    assert bash(SOURCE.format("requirements.txt"), copy, L2S_VENV=str(venv)).returncode == 0
+    assert len(asked.read_text().splitlines()) == 2
+
+
+def test_an_installation_that_failed_is_tried_again(copy):
+    venv, asked = fake_venv(copy), copy / "asked"
+    result = bash(SOURCE.format(""), copy, L2S_VENV=str(venv), FAIL="1")
+    assert result.returncode != 0 and "PYTHON=" not in result.stdout
+    assert bash(SOURCE.format(""), copy, L2S_VENV=str(venv)).returncode == 0
+    assert len(asked.read_text().splitlines()) == 2
+
+
+# Every script
+
+
+@pytest.mark.parametrize("path", [*SCRIPTS, ROOT / ".ci" / "run"], **NAMES)
+def test_bash_can_read_it(path):
+    result = subprocess.run(["bash", "-n", str(path)], capture_output=True, text=True)
+    assert result.returncode == 0 and not result.stderr, result.stderr
+
+
+def joined_lines(path: Path) -> list[str]:
+    """The commands of a script: continued lines in one, comments and blank lines left out."""
+    text = path.read_text().replace("\\\n", " ")
+    return [line.strip() for line in text.splitlines()
+            if line.strip() and not line.strip().startswith("#")]
+
+
+def header(path: Path) -> list[str]:
+    lines = path.read_text().splitlines()
+    number = next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))
+    return lines[:number]
+
+
+@pytest.mark.parametrize("path", RUNNABLE, **NAMES)
+def test_scripts_start_with_a_header_and_stop_at_errors(path):
+    first, *rest = header(path)
+    assert first == "#!/usr/bin/env bash"
+    assert rest and len(rest[0].split()) > 4, "the second line says what it does"
+    assert any(f"bash run_scripts/{path.name}" in line for line in rest), "how it is started"
+    assert joined_lines(path)[0] == "set -euo pipefail"
+
+
+def test_setup_is_to_be_sourced():
+    path = ROOT / "run_scripts" / "setup.sh"
+    assert "set -euo pipefail" not in path.read_text() and "sourced" in header(path)[0]
+
+
+@pytest.mark.parametrize("path", RUNNABLE, **NAMES)
+def test_scripts_pass_their_words_on(path):
+    """What is added on the command line reaches every training, last, so that it wins."""
+    commands = [line for line in joined_lines(path) if TRAINING.search(line)]
+    for line in commands or joined_lines(path)[-1:]:
+        assert line.endswith('"$@"'), line
+
+
+@pytest.mark.parametrize("path", [path for path in RUNNABLE
+                                  if any(map(TRAINING.search, joined_lines(path)))], **NAMES)
+def test_training_scripts_set_up_and_take_paths_from_the_environment(path):
+    lines = joined_lines(path)
+    assert any("setup.sh" in line and line.startswith("source ") for line in lines)
+    assert all("$PYTHON" in line for line in lines if "train_kd.py" in line)
+    text = "\n".join(lines)
+    if "--data-path" in text:
+        (name,) = set(re.findall(r'--data-path "?\$\{?(\w+)', text))
+        assert re.search(rf"^{name}=\$\{{{name}:[?-]", text, re.MULTILINE), name
+
+
+def test_the_checks_can_fail(tmp_path):
+    path = tmp_path / "x.sh"
+    path.write_text("#!/bin/sh\ntrain_kd.py \\\n  --epochs 3 # not passed on\n")
+    assert header(path) == ["#!/bin/sh"]
+    assert joined_lines(path) == ["train_kd.py    --epochs 3 # not passed on"]
+    with pytest.raises(AssertionError):
+        test_scripts_pass_their_words_on(path)
+    path.write_text("if true; then\n")
+    with pytest.raises(AssertionError):
+        test_bash_can_read_it(path)

@@ -1,0 +1,58 @@
+"""The folder of a run: its name, what a start may continue, and what it must not touch."""
+import re
+from pathlib import Path
+from typing import Any
+
+from utils.checkpoint import describe_changes, load_file
+from utils.errors import UserError
+
+LAST = "checkpoint-last.pth"
+
+# What a resumed run may change: where and how it runs and reports, not what it computes. How many
+# processes share an effective batch is free as long as the product is the same.
+FREE_ON_RESUME = frozenset({
+    "config", "output_dir", "resume", "auto_resume", "device", "num_workers", "print_every",
+    "save_freq", "save_num", "save_every_steps", "tensorboard", "skip_bad_images", "data_path",
+    "student_weights", "compile", "channels_last", "batch_size", "accum_steps", "world_size"})
+
+
+def run_name(teacher: list[str], student: list[str], losses: list[list[str]], epochs: int,
+             seed: int) -> str:
+    """teacher-student-loss-epochs, each with the options given to it, and the seed unless 0."""
+    words = [teacher, student, [word for loss in losses for word in loss]]
+    parts = ["_".join(part) for part in words] + [f"{epochs}ep"] + [f"seed{seed}"] * (seed != 0)
+    return re.sub(r"[^\w.-]+", ".", "-".join(parts).replace("=", ""))
+
+
+# What a run starts from:
+# 1. --resume FILE;
+# 2. without it, the run folder's own checkpoint-last.pth, unless --no-auto-resume;
+# 3. without either, --student-weights;
+# 4. without that, random weights.
+# --teacher-weights has no part in it. Nothing already in the folder is ever overwritten by a run
+# that does not continue it.
+def find_checkpoint(folder: Path, resume: Path | None, auto_resume: bool,
+                    settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The checkpoint to continue, checked against this start's `settings`; None for a new run."""
+    last = folder / LAST
+    if resume is not None:
+        if last.exists() and resume.resolve().parent != folder.resolve():
+            raise UserError(f"{folder} holds another run, which --resume {resume} would overwrite. "
+                            "Set another --output-dir.")
+        path = resume
+    elif not last.exists():
+        return None
+    elif auto_resume:
+        path = last
+    else:
+        raise UserError(f"{folder} already holds a run. Leave out --no-auto-resume to continue it, "
+                        "or set another --output-dir.")
+    saved = load_file(path)
+    if "optimizer" not in saved or not isinstance(saved.get("args"), dict):
+        raise UserError(f"{path} is not a checkpoint of this program's training. Weights alone are "
+                        "loaded with --student-weights.")
+    changes = describe_changes(saved["args"], settings, FREE_ON_RESUME)
+    if changes:
+        raise UserError(f"{path} is from a run with other settings ({'; '.join(changes)}). Repeat "
+                        "its settings to continue it, or set another --output-dir.")
+    return saved
