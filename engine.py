@@ -189,8 +189,10 @@ def optimizer_update(state: TrainState, clip_grad: float | None) -> None:
     norm = nn.utils.get_total_norm([p.grad for p in parameters])
     if clip_grad is not None:
         nn.utils.clip_grads_with_norm_(parameters, clip_grad, norm)
-    # A float16 overflow makes the scaler skip the update: it counts as norm 0 in the mean.
-    state.meter.add({"grad_norm": torch.where(norm.isfinite(), norm, 0)}, state.step)
+    if state.scaler.is_enabled():
+        # A float16 overflow makes the scaler skip the update: it counts as norm 0 in the mean.
+        norm = torch.where(norm.isfinite(), norm, 0)
+    state.meter.add({"grad_norm": norm}, state.step)
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
@@ -209,8 +211,9 @@ def checked_means(state: TrainState) -> dict[str, float]:
         values = ", ".join(f"{key} {value:.4g}" for key, value in means.items())
         lr = max(group["lr"] for group in state.optimizer.param_groups)
         raise NonFiniteLoss(
-            f"loss term {name!r} became NaN or infinite at update {step:.0f}, noticed at update "
-            f"{state.step} (finite means of the epoch: {values}; lr {lr:.1e}, gradient scale "
+            f"{'loss term ' * (name != 'grad_norm')}{name!r} became NaN or infinite at update "
+            f"{step:.0f}, noticed at update {state.step} (finite means of the epoch: {values}; lr "
+            f"{lr:.1e}, gradient scale "
             f"{state.scaler.get_scale():g}). The last checkpoint is from before it. Lower --lr, "
             "set --clip-grad, or try --amp none.")
     return means

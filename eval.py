@@ -16,7 +16,7 @@ import data
 import engine
 import models
 from analysis.complexity import count_macs
-from models.weights import load_weights, local_file, published_source
+from models.weights import fetch_weights, load_weights
 from utils import checkpoint, config, distributed
 from utils.errors import UserError
 from utils.log import say
@@ -100,6 +100,8 @@ def check_flags(args: argparse.Namespace) -> None:
                         "--num-classes, or use --model NAME --weights FILE.")
     if args.batch_size < 1 or args.num_workers < 0:
         raise UserError("--batch-size must be at least 1 and --num-workers at least 0.")
+    if args.input_size is not None and args.input_size < 1:
+        raise UserError(f"--input-size must be at least 1, got {args.input_size}.")
     if args.predictions and (args.predictions.suffix != ".npz" or args.predictions.is_dir()
                              or not args.predictions.absolute().parent.is_dir()):
         raise UserError(f"--predictions {args.predictions} must be a file name ending in .npz in a "
@@ -125,12 +127,8 @@ def checkpoint_model(args: argparse.Namespace) -> models.VisionModel:
 def named_model(args: argparse.Namespace) -> models.VisionModel:
     name, options = parse_spec(args.model, "--model")
     model = models.create_model(name, args.num_classes, **options)
-    source = published_source(name) if args.weights == "published" else args.weights
-    if distributed.is_main():
-        local_file(source)  # one process downloads
-    distributed.barrier()
-    load_weights(model, source, args.weights_key)
-    say(f"{' '.join(args.model)} from {source}")
+    fetch_weights(model, name, args.weights, "--weights", args.weights_key)
+    say(f"{' '.join(args.model)}, weights {args.weights}")
     return model
 
 
@@ -143,8 +141,9 @@ def build_source(args: argparse.Namespace, model: models.VisionModel) -> data.Im
     name, options = parse_spec(args.data_set, "--data-set")
     source = data.create_dataset(name, "val", args.data_path, **options)
     if len(source.classes) != model.num_classes:
-        raise UserError(f"the data has {len(source.classes)} classes, the model "
-                        f"{model.num_classes}. Evaluate on the data set it was trained for.")
+        raise UserError(f"the validation set has {len(source.classes)} classes, the model "
+                        f"{model.num_classes}. Evaluate on the data set it was trained for (for "
+                        "--weights of another number of classes, set --num-classes).")
     return source
 
 
@@ -183,7 +182,9 @@ def save_predictions(result: engine.Evaluation, source: data.ImageSource, path: 
     order = np.argsort(columns["index"])
     columns = {key: column[order] for key, column in columns.items()}
     names = [source.name_of(int(index)) for index in columns["index"]]
-    np.savez_compressed(path, name=np.array(names), classes=np.array(source.classes), **columns)
+    checkpoint.write_atomically(
+        lambda file: np.savez_compressed(file, name=np.array(names),
+                                         classes=np.array(source.classes), **columns), path)
     say(f"predictions of {len(order):,} images saved to {path}")
 
 

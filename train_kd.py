@@ -22,11 +22,11 @@ import losses
 import models
 from models.distiller import Distiller
 from models.teacher import FrozenTeacher
-from models.weights import load_weights, local_file, published_source
+from models.weights import fetch_weights
 from utils import checkpoint, config, distributed, optim
 from utils.ema import ModelEma
-from utils.errors import UserError
-from utils.log import RunLog, say
+from utils.errors import UserError, one_line
+from utils.log import RunLog, say, summary_writer_class
 from utils.registry import parse_spec
 from utils.rng import fold_seed
 from utils.run_folder import LAST, find_checkpoint, run_name
@@ -166,7 +166,7 @@ def run(args: argparse.Namespace) -> int:
     saved = find_checkpoint(folder, args.resume, args.auto_resume, config.plain(args))
     parts = build_parts(args, device, sources, load_student=saved is None)
     if saved is not None:
-        parts.state.load_state_dict(saved)
+        restore(parts.state, *saved)
     try_one_batch(args, parts)
     log = start_folder(args, folder)
     describe_run(args, parts, folder, resumed=saved is not None)
@@ -178,13 +178,18 @@ def check_ranges(args: argparse.Namespace) -> None:
     smallest = {"epochs": 1, "batch_size": 1, "effective_batch": 1, "accum_steps": 1, "lr": 0,
                 "min_lr": 0, "warmup_epochs": 0, "warmup_steps": 0, "weight_decay": 0,
                 "num_workers": 0, "print_every": 1, "save_freq": 0, "save_num": 0,
-                "save_every_steps": 0, "input_size": 1, "clip_grad": 0, "seed": 0}
+                "save_every_steps": 0, "input_size": 1, "clip_grad": 0, "seed": 0,
+                "weight_decay_end": 0, "opt_eps": 0}
     for name, limit in smallest.items():
         value = getattr(args, name)
         if value is not None and not limit <= value < math.inf:
             raise UserError(f"--{name.replace('_', '-')} must be at least {limit}, got {value}.")
-    if not 0 <= args.model_ema_decay < 1:
-        raise UserError(f"--model-ema-decay must lie in [0, 1), got {args.model_ema_decay}.")
+    for name in ("model_ema_decay", "opt_betas"):
+        values = getattr(args, name)
+        if not all(0 <= value < 1 for value in ([values] if name != "opt_betas" else values)):
+            raise UserError(f"--{name.replace('_', '-')} must lie in [0, 1), got {values}.")
+    if args.tensorboard:
+        summary_writer_class()
 
 
 def resolve_defaults(args: argparse.Namespace, device: torch.device) -> None:
@@ -245,7 +250,9 @@ def build_parts(args: argparse.Namespace, device: torch.device, sources: list,
         device=device, amp_dtype=AMP_DTYPES[args.amp], accum_steps=args.accum_steps,
         memory_format=torch.channels_last if args.channels_last else torch.contiguous_format,
         clip_grad=args.clip_grad, seed=args.seed)
-    distiller = Distiller(student, *build_losses(args, student, teacher))
+    torch.manual_seed(fold_seed(args.seed, "losses"))
+    distiller = Distiller(student, *losses.create_losses(
+        args.loss, student.feature_info, teacher and teacher.feature_info))
     if teacher is not None:
         teacher.to(device)
     train, val = build_loaders(args, sources, student, pin_memory=device.type == "cuda")
@@ -257,6 +264,14 @@ def build_parts(args: argparse.Namespace, device: torch.device, sources: list,
     return Parts(teacher, build_state(args, distiller, options), train, val, mix, options)
 
 
+def restore(state: engine.TrainState, path: Path, saved: dict[str, Any]) -> None:
+    try:
+        state.load_state_dict(saved)
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise UserError(f"{path} does not hold the state of this run ({one_line(error)}). Continue "
+                        "another file with --resume, or set another --output-dir.") from None
+
+
 @torch.no_grad()
 def try_one_batch(args: argparse.Namespace, parts: Parts) -> None:
     """Two blank images through teacher, student and losses, without a trace: what does not fit
@@ -265,23 +280,18 @@ def try_one_batch(args: argparse.Namespace, parts: Parts) -> None:
     images, targets = parts.mix(images, torch.zeros(2, dtype=torch.long), seed=0)
     images, targets = parts.options.to_device(images, targets)
     distiller = parts.state.distiller.eval()
-    with parts.options.autocast():
-        distiller(images, targets, parts.teacher and parts.teacher(images))
+    try:
+        with parts.options.autocast():
+            distiller(images, targets, parts.teacher and parts.teacher(images))
+    except RuntimeError as error:
+        raise UserError(f"teacher, student and losses do not go together at --input-size "
+                        f"{args.input_size}: {one_line(error)}.") from error
 
 
 def build_model(words: list[str], flag: str, num_classes: int, weights: str) -> models.VisionModel:
     name, options = parse_spec(words, flag)
     model = models.create_model(name, num_classes, **options)
-    if weights == "random":
-        return model
-    source = published_source(name) if weights == "published" else weights
-    if distributed.is_main():
-        local_file(source)  # one process downloads
-    distributed.barrier()
-    try:
-        load_weights(model, source)
-    except UserError as error:
-        raise UserError(f"{flag}-weights: {error}") from None
+    fetch_weights(model, name, weights, f"{flag}-weights")
     return model
 
 
@@ -291,29 +301,6 @@ def build_teacher(args: argparse.Namespace, student: models.VisionModel) -> Froz
     torch.manual_seed(fold_seed(args.seed, "teacher"))
     model = build_model(args.teacher, "--teacher", args.num_classes, args.teacher_weights)
     return FrozenTeacher(model, student.input_mean, student.input_std)
-
-
-def build_losses(args: argparse.Namespace, student: models.VisionModel,
-                 teacher: FrozenTeacher | None) -> tuple[dict, dict]:
-    """The loss modules and their weights, by name."""
-    torch.manual_seed(fold_seed(args.seed, "losses"))
-    modules, weights = {}, {}
-    for words in args.loss:
-        name, options = parse_spec(words, "--loss")
-        if name in modules:
-            raise UserError(f"--loss {name} is given twice; give it once with all its options.")
-        weights[name] = options.pop("weight", 1.0)
-        if isinstance(weights[name], bool) or not isinstance(weights[name], (int, float)):
-            raise UserError(f"--loss {name} weight must be a number, got {weights[name]!r}.")
-        modules[name] = losses.create_loss(name, student.feature_info,
-                                           teacher and teacher.feature_info, **options)
-    if not any(loss.trains_logits for loss in modules.values()):
-        raise UserError(f"--loss {' '.join(modules)} alone leaves the student's head untrained. "
-                        "Add --loss ce, kd or nkd.")
-    if teacher is not None and not any(loss.needs_teacher for loss in modules.values()):
-        raise UserError(f"--teacher {args.teacher[0]} is not used by --loss {' '.join(modules)}. "
-                        "Add a loss that compares with it, or set --teacher none.")
-    return modules, weights
 
 
 def build_loaders(args: argparse.Namespace, sources: list, student: models.VisionModel,
@@ -357,7 +344,7 @@ def build_state(args: argparse.Namespace, distiller: Distiller,
         optimizer=optim.build_adamw(groups, lr=args.lr, betas=tuple(args.opt_betas),
                                     eps=args.opt_eps),
         scaler=torch.amp.GradScaler(device.type, enabled=args.amp == "fp16"),
-        best={"best_acc1": 0.0, **({"best_acc1_ema": 0.0} if ema else {})})
+        best=dict.fromkeys(["best_acc1"] + ["best_acc1_ema"] * (ema is not None), -math.inf))
 
 
 def start_folder(args: argparse.Namespace, folder: Path) -> RunLog:
@@ -425,6 +412,7 @@ def train(args: argparse.Namespace, parts: Parts, schedule: Callable, folder: Pa
             say(f"stopped on request at update {state.step:,}; everything is in {folder}. The same "
                 "command continues it.")
             return 143
+        save(args, state, folder, [LAST])  # whatever the evaluation may meet, the epoch is kept
         record = finish_epoch(args, parts, means, reference)
         record["train_lr"] = schedule(state.step - 1)["lr"]
         log.write(record)

@@ -110,10 +110,13 @@ class Loader:
         return self
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for images, labels, indices in self.loader:
-            for index in (-1 - indices[indices < 0]).tolist():
-                self._note_bad(index)
-            yield images, labels, indices
+        try:
+            for images, labels, indices in self.loader:
+                for index in (-1 - indices[indices < 0]).tolist():
+                    self._note_bad(index)
+                yield images, labels, indices
+        except UserError as error:  # from a worker it comes wrapped in the worker's traceback
+            raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
 
     def _note_bad(self, index: int) -> None:
         if index in self.bad:

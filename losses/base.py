@@ -1,10 +1,12 @@
 """The contract of every loss."""
+from math import isfinite
+
 import torch
 from torch import Tensor, nn
 
 from models.base import FeatureInfo, ModelOutput
 from utils.errors import UserError
-from utils.registry import Registry
+from utils.registry import Registry, parse_spec
 
 LOSSES = Registry("loss", home="losses/__init__.py")
 register_loss = LOSSES.register
@@ -13,8 +15,8 @@ register_loss = LOSSES.register
 class Loss(nn.Module):
     """`loss(student, teacher, targets)` -> scalar; targets (N,) int64 or (N, K) float.
 
-    It is called with autocast off and must compute in float32 whatever its inputs' dtype. Nothing
-    of the teacher carries a gradient. What it learns itself (projections) are its parameters.
+    It is called with autocast off and must compute in float32 whatever its inputs' dtype. No
+    gradient may reach the teacher. What it learns itself (projections) are its parameters.
     """
 
     needs_teacher = True  # False: `teacher` may be None
@@ -40,6 +42,32 @@ def create_loss(name: str, student_info: tuple[FeatureInfo, ...],
         raise UserError(f"loss {name!r} compares with a teacher, but there is none. "
                         "Name one with --teacher, or train with --loss ce.")
     return loss
+
+
+def create_losses(specs: list[list[str]], student_info: tuple[FeatureInfo, ...],
+                  teacher_info: tuple[FeatureInfo, ...] | None
+                  ) -> tuple[dict[str, Loss], dict[str, float]]:
+    """Losses and weights by name, from one `NAME weight=1 key=value ...` each.
+
+    Raises UserError where they leave the student's head untrained or the teacher unused.
+    """
+    losses, weights = {}, {}
+    for words in specs:
+        name, options = parse_spec(words, "--loss")
+        if name in losses:
+            raise UserError(f"--loss {name} is given twice; give it once with all its options.")
+        weight = options.pop("weight", 1.0)
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not isfinite(weight):
+            raise UserError(f"--loss {name} weight must be a number, got {weight!r}.")
+        losses[name] = create_loss(name, student_info, teacher_info, **options)
+        weights[name] = weight
+    if not any(loss.trains_logits for loss in losses.values()):
+        raise UserError(f"--loss {' '.join(losses)} alone leaves the student's head untrained. "
+                        "Add --loss ce, kd or nkd.")
+    if teacher_info is not None and not any(loss.needs_teacher for loss in losses.values()):
+        raise UserError(f"the teacher is not used by --loss {' '.join(losses)}. Add a loss that "
+                        "compares with it, or set --teacher none.")
+    return losses, weights
 
 
 def list_losses() -> list[str]:

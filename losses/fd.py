@@ -32,7 +32,7 @@ class FeatureDistillation(Loss):
             raise UserError(f"fd kind must be smooth_l1 or mse, got {kind!r}.")
         check_positive("fd beta", beta)
         self.kind, self.beta, self.whiten = kind, beta, whiten
-        self.stages = (features,) if isinstance(features, int) else tuple(features)
+        self.stages = features if isinstance(features, (tuple, list)) else (features,)
         self.projections = nn.ModuleList()
         for student, teacher in _stage_pairs(student_info, teacher_info or student_info,
                                              self.stages):
@@ -40,7 +40,7 @@ class FeatureDistillation(Loss):
 
     def forward(self, student: ModelOutput, teacher: ModelOutput, targets: Tensor) -> Tensor:
         distances = [self._distance(projection(student.features[stage].float()),
-                                    teacher.features[stage].float())
+                                    teacher.features[stage].detach().float())
                      for stage, projection in zip(self.stages, self.projections)]
         return torch.stack(distances).mean()
 
@@ -59,7 +59,7 @@ class FeatureDistillation(Loss):
 def _stage_pairs(student_info: tuple[FeatureInfo, ...], teacher_info: tuple[FeatureInfo, ...],
                  stages: tuple[int, ...]) -> list[tuple[FeatureInfo, FeatureInfo]]:
     for who, info in (("student", student_info), ("teacher", teacher_info)):
-        wrong = [s for s in stages if not isinstance(s, int) or not -len(info) <= s < len(info)]
+        wrong = [s for s in stages if type(s) is not int or not -len(info) <= s < len(info)]
         if wrong or not stages:
             raise UserError(f"fd features={','.join(map(str, stages))}: the {who} has {len(info)} "
                             f"stage(s), so indices lie in [{-len(info)}, {len(info) - 1}]. Match "

@@ -23,7 +23,8 @@ class KnowledgeDistillation(Loss):
         self.temperature, self.alpha, self.hard = temperature, alpha, hard
 
     def forward(self, student: ModelOutput, teacher: ModelOutput, targets: Tensor) -> Tensor:
-        student_logits, teacher_logits = student.logits.float(), teacher.logits.float()
+        student_logits = student.logits.float()
+        teacher_logits = teacher.logits.detach().float()
         cross_entropy = F.cross_entropy(student_logits, targets)
         if self.hard:
             return (cross_entropy + F.cross_entropy(student_logits, teacher_logits.argmax(1))) / 2

@@ -23,12 +23,13 @@ class NormalizedKnowledgeDistillation(Loss):
                  gamma: float = 1.0) -> None:
         super().__init__()
         check_positive("nkd temperature", temperature)
-        if gamma < 0:
-            raise UserError(f"nkd gamma must not be negative, got {gamma}.")
+        if not 0 <= gamma < torch.inf:
+            raise UserError(f"nkd gamma must be a number of at least 0, got {gamma}.")
         self.temperature, self.gamma = temperature, gamma
 
     def forward(self, student: ModelOutput, teacher: ModelOutput, targets: Tensor) -> Tensor:
-        student_logits, teacher_logits = student.logits.float(), teacher.logits.float()
+        student_logits = student.logits.float()
+        teacher_logits = teacher.logits.detach().float()
         labels = hard_labels(targets).unsqueeze(1)  # (N, 1)
         target_prob = F.softmax(teacher_logits, dim=1).gather(1, labels)
         target_log_prob = F.log_softmax(student_logits, dim=1).gather(1, labels)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from models.base import FeatureInfo, ModelOutput, VisionModel, register_model
-from models.layers import DropPath, LayerNorm2d, drop_path_rates
+from models.layers import DropPath, LayerNorm2d, check_stages, drop_path_rates
 
 TINY, SMALL = (3, 3, 9, 3), (3, 3, 27, 3)
 
@@ -53,6 +53,7 @@ class ConvNeXtFrame(VisionModel):
                  make_block: Callable[[int, int, float], nn.Module], *, drop_path: float,
                  head_init_scale: float) -> None:
         super().__init__()
+        check_stages(depths, dims)
         self.num_classes = num_classes
         self.depths = tuple(depths)
         self.feature_info = tuple(FeatureInfo(dim, 4 * 2 ** i) for i, dim in enumerate(dims))

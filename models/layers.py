@@ -1,7 +1,11 @@
 """Building blocks that several networks share."""
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from utils.errors import UserError
 
 
 class LayerNorm2d(nn.LayerNorm):
@@ -34,4 +38,20 @@ class DropPath(nn.Module):
 
 def drop_path_rates(final: float, num_blocks: int) -> list[float]:
     """Rates growing linearly from 0 at the first block to `final` at the last."""
+    check_drop_path(final)
     return [final * i / max(num_blocks - 1, 1) for i in range(num_blocks)]
+
+
+def check_stages(depths: Sequence[int], dims: Sequence[int], smallest_depth: int = 0) -> None:
+    """One depth and one positive width per stage, four stages at the most."""
+    is_whole = all(type(number) is int for number in (*depths, *dims))
+    if (not is_whole or not 1 <= len(depths) == len(dims) <= 4 or min(dims) < 1
+            or min(depths) < smallest_depth):
+        raise UserError(f"depths and dims need one whole number per stage, depths of at least "
+                        f"{smallest_depth} and widths of at least 1, for one to four stages; got "
+                        f"depths {tuple(depths)} and widths {tuple(dims)}.")
+
+
+def check_drop_path(rate: float) -> None:
+    if not 0 <= rate < 1:
+        raise UserError(f"drop_path must lie in [0, 1), got {rate}.")

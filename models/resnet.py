@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from models.base import FeatureInfo, ModelOutput, VisionModel, register_model
-from models.layers import DropPath, drop_path_rates
+from models.layers import DropPath, check_stages, drop_path_rates
 from utils.errors import UserError
 
 
@@ -77,6 +77,7 @@ class ResNet(VisionModel):
         super().__init__()
         if block not in BLOCKS:
             raise UserError(f"ResNet block must be one of {', '.join(BLOCKS)}; got {block!r}.")
+        check_stages(depths, dims, smallest_depth=1)
         self.num_classes = num_classes
         self.relu = nn.ReLU(inplace=True)
         self.conv1 = nn.Conv2d(3, dims[0], 7, stride=2, padding=3, bias=False)
@@ -91,6 +92,7 @@ class ResNet(VisionModel):
                 blocks.append(BLOCKS[block](in_dim, dim, stride, next(rates)))
                 in_dim = dim * BLOCKS[block].expansion
             self.add_module(f"layer{i + 1}", nn.Sequential(*blocks))
+        self.stage_names = [f"layer{i + 1}" for i in range(len(depths))]
         self.fc = nn.Linear(in_dim, num_classes)
         self.feature_info = tuple(FeatureInfo(dim * BLOCKS[block].expansion, 4 * 2 ** i)
                                   for i, dim in enumerate(dims))
@@ -106,15 +108,15 @@ class ResNet(VisionModel):
     def forward_with_features(self, images: Tensor) -> ModelOutput:
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         features = []
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = stage(x)
+        for name in self.stage_names:
+            x = getattr(self, name)(x)
             features.append(x)
         return ModelOutput(self.fc(x.mean((2, 3))), features)
 
     def layer_ids(self) -> dict[str, int]:
         """Stem 0, then one id per block, the classifier last."""
-        blocks = [f"layer{i}.{j}." for i in range(1, 5)
-                  for j in range(len(getattr(self, f"layer{i}")))]
+        blocks = [f"{stage}.{j}." for stage in self.stage_names
+                  for j in range(len(getattr(self, stage)))]
         return {name: _layer_id(name, blocks) for name, _ in self.named_parameters()}
 
 

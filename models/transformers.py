@@ -10,6 +10,7 @@ from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.models.vision_transformer import VisionTransformer
 
 from models.base import FeatureInfo, ModelOutput, VisionModel, register_model
+from models.layers import check_drop_path
 from utils.errors import UserError
 
 
@@ -24,6 +25,7 @@ class Swin(VisionModel, SwinTransformer):
     def __init__(self, num_classes: int = 1000, depths: tuple[int, ...] = (2, 2, 6, 2),
                  dim: int = 96, num_heads: tuple[int, ...] = (3, 6, 12, 24),
                  drop_path: float = 0.0) -> None:
+        check_drop_path(drop_path)
         super().__init__([4, 4], dim, list(depths), list(num_heads), [7, 7],
                          stochastic_depth_prob=drop_path, num_classes=num_classes)
         self.feature_info = tuple(FeatureInfo(dim * 2 ** i, 4 * 2 ** i) for i in range(len(depths)))

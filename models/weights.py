@@ -1,4 +1,5 @@
 """Weights from files and addresses: read safely, loaded strictly, refused with a readable diff."""
+import hashlib
 import urllib.error
 import urllib.parse
 from pathlib import Path
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.checkpoint import load_file
+from utils.distributed import barrier, is_main
 from utils.errors import UserError
 
 # Containers that published files keep their weights in, in the order they are looked for.
@@ -47,6 +49,22 @@ PUBLISHED = {
 }
 
 
+def fetch_weights(model: nn.Module, name: str, source: str, flag: str,
+                  key: str | None = None) -> None:
+    """Load what `flag` names into `model`, registered as `name`: a path, an address, `published`,
+    or `random`, which leaves it as it is. One process downloads."""
+    if source == "random":
+        return
+    try:
+        address = published_source(name) if source == "published" else source
+        if is_main():
+            local_file(address)
+        barrier()
+        load_weights(model, address, key)
+    except UserError as error:
+        raise UserError(f"{flag}: {error}") from None
+
+
 def published_source(model_name: str) -> str:
     """The address of the published weights of a registered model."""
     if model_name not in PUBLISHED:
@@ -81,10 +99,12 @@ def read_state_dict(path: Path, key: str | None = None) -> dict[str, Tensor]:
         raise UserError(f"{path} has no weights under {key!r}; it has "
                         f"{', '.join(containers) or 'a bare state dict'}.")
     state = content[key or containers[0]] if containers else content
-    state = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    state = {name: value for name, value in state.items()
+             if isinstance(name, str) and isinstance(value, Tensor)}
     if not state:
+        keys = ", ".join(str(key) for key in list(content)[:8])
         raise UserError(f"{path} holds no weights: expected a state dict, or one under "
-                        f"{', '.join(CONTAINERS)}; got the keys {', '.join(list(content)[:8])}.")
+                        f"{', '.join(CONTAINERS)}; got the keys {keys}.")
     for prefix in PREFIXES:
         if all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): value for name, value in state.items()}
@@ -111,7 +131,8 @@ def _class_hint(got: dict[str, Tensor], wanted: dict[str, Tensor], num_classes: 
     for name, value in wanted.items():
         shapes = (value.shape, got[name].shape if name in got else value.shape)
         if shapes[0] != shapes[1] and shapes[0][1:] == shapes[1][1:] and len(value) == num_classes:
-            return f"The file is for {len(got[name])} classes, the data has {num_classes}. "
+            return (f"The file is for {len(got[name])} classes, the data has {num_classes} (or "
+                    "--num-classes says so). ")
     return ""
 
 
@@ -123,9 +144,11 @@ def local_file(source: str | Path) -> Path:
     parts = urllib.parse.urlparse(url)
     query = urllib.parse.parse_qs(parts.query)
     name = Path(parts.path).name
-    # A share's address ends in /download; its token names the file.
-    if name == "download":
+    if name == "download":  # a share's address; its token names the file
         name = (query.get("id") or [Path(parts.path).parts[-2]])[0] + ".pth"
+    if url not in {published.url for published in PUBLISHED.values()}:
+        # Two runs' checkpoint-best.pth are two files.
+        name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}"
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
     if not path.exists():
         _download(url, path)
@@ -134,9 +157,17 @@ def local_file(source: str | Path) -> Path:
 
 def _download(url: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    hashed = torch.hub.HASH_REGEX.search(path.name)
+    # torchvision's names end in the start of their sha256; other names may end in an epoch.
+    is_hashed = url.startswith(_TORCHVISION.partition("{")[0])
     try:
-        torch.hub.download_url_to_file(url, str(path), hashed.group(1) if hashed else None)
+        torch.hub.download_url_to_file(url, str(path), path.stem.rpartition("-")[2] if is_hashed
+                                       else None)
     except (urllib.error.URLError, OSError, RuntimeError) as error:
         raise UserError(f"could not fetch {url} ({error}). Fetch it by hand and pass the file's "
                         f"path, or put it at {path}.") from None
+    try:
+        load_file(path)
+    except UserError as error:  # a share may answer with a page instead of the file
+        path.unlink()
+        raise UserError(f"{url} did not give a checkpoint ({error}). Fetch it by hand and pass "
+                        "the file's path.") from None

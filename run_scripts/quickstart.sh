@@ -10,6 +10,8 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
 RUNS=${RUNS:-runs/quickstart}
+# Waiting threads that spin would take the cores from the loader's process.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 SEEDS=${SEEDS:-0}
 
 # The same network but for its kernels: 15 and 7 on maps of 16x16 and 8x8 see the whole picture,
@@ -18,7 +20,7 @@ SHAPE=(depths=1,1 dims=48,96 width_factor=1.0 layer_scale_init=0)
 TEACHER=(slak_nano kernel_size=15,7,3 "${SHAPE[@]}")
 STUDENT=(convnext_bn_nano kernel_size=3,3,100 "${SHAPE[@]}")
 LOSS=(--loss nkd)
-EPOCHS=5
+EPOCHS=8
 
 train() {
     "$PYTHON" train_kd.py --config run_scripts/recipes/outlines.yaml --epochs $EPOCHS \

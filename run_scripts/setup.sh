@@ -10,6 +10,11 @@
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 requirements=${1:-requirements.txt}
 
+if [[ ! -f "$requirements" ]]; then
+    echo "setup: no such file: $requirements (looked in $PWD)." >&2
+    exit 2
+fi
+
 if [[ -n "${L2S_PYTHON:-}" ]]; then
     PYTHON=$L2S_PYTHON
     # find_spec looks without importing: torch alone would take seconds.

@@ -38,7 +38,8 @@ FOLDER = ["--data-set", "imagefolder", "--data-path", "pictures", "--input-size"
 def contents(folder: Path) -> dict[str, str]:
     """Every path below a folder, with a digest of each file."""
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-            if path.is_file() else "folder" for path in folder.rglob("*")}
+            if path.is_file() else "folder" for path in folder.rglob("*")
+            if "hub" not in path.parts or path.is_file()}  # a download cache may be made, empty
 
 
 class Runner:
@@ -187,7 +188,7 @@ def test_words(case, runner):
 
 TEACHING = {
     "fd alone": (["--loss", "fd"], ("--loss fd", "head untrained", "ce, kd or nkd")),
-    "teacher not used": (["--loss", "ce"], ("slak_nano", "not used", "--teacher none")),
+    "teacher not used": (["--loss", "ce"], ("teacher is not used", "ce", "--teacher none")),
     "stage 4": (["--loss", "nkd", "--loss", "fd", "features=4"], ("features=4", "[-4, 3]")),
     "stage -5": (["--loss", "nkd", "--loss", "fd", "features=0,-5"], ("features=0,-5", "4 stage")),
     "no stage": (["--loss", "nkd", "--loss", "fd", "features=a"], ("features=a", "[-4, 3]")),
@@ -275,7 +276,7 @@ RECIPES = {
     "not boolean": ("model-ema: 1\n", ("model-ema", "true or false", "got 1")),
     "wrong number": ("opt-betas: [0.9]\n", ("opt-betas", "2 values")),
     "wrong choice": ("amp: fp8\n", ("amp", "fp8", "bf16")),
-    "no number": ("epochs:\n", ("epochs", "number")),
+    "no number": ("epochs:\n", ("epochs", "a whole number", "300")),
     "null": ("smoothing: null\n", ("smoothing", "number")),
     "unknown loss": ("loss: nkdd\n", ("'nkdd'", "nkd")),
     "mapping": ("lr: {start: 1}\n", ("lr", "float")),
@@ -300,7 +301,7 @@ def test_recipes(case, runner):
 
 
 def test_recipe_that_is_not_there(runner):
-    runner.refused("--config", "recipe.yaml", telling=("--config", "no such file", "recipe.yaml"))
+    runner.refused("--config", "recipe.yaml", telling=("--config", "No such file", "recipe.yaml"))
     (runner.folder / "recipe.yaml").mkdir()
     runner.refused("--config", "recipe.yaml", telling=("--config", "recipe.yaml"))
 
@@ -605,10 +606,10 @@ def after_first_epoch(monkeypatch, act) -> None:
     monkeypatch.setattr(engine, "train_one_epoch", train)
 
 
-def assert_first_epoch_is_kept(folder: Path) -> None:
+def assert_first_epoch_is_kept(folder: Path, step: int = 4) -> None:
     (run,) = (folder / "runs").iterdir()
     saved = load_file(run / "checkpoint-last.pth")
-    assert saved["epoch"] == 1 and saved["step"] == 4
+    assert saved["epoch"] == 1 and saved["step"] == step
     tensors = [value for key in ("model", "losses") for value in saved[key].values()]
     tensors += [value for values in saved["optimizer"]["state"].values()
                 for value in values.values()]
@@ -624,7 +625,8 @@ def test_no_space_left(act, runner):
         after_first_epoch(patch, act)
         runner.fails(*ALONE, "--output-dir", "runs", telling=(
             "runs/none-resnet_nano-ce-2ep", "No space left" if act is not full_on_write else ""))
-    assert_first_epoch_is_kept(runner.folder)
+    # The log comes last: the second epoch is saved by then, its evaluation is to be repeated.
+    assert_first_epoch_is_kept(runner.folder, step=8 if act is full_for_the_log else 4)
     assert runner.train(*ALONE, "--output-dir", "runs") == 0  # what the message says
 
 

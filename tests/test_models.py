@@ -194,6 +194,13 @@ def test_widths_are_truncated(width_factor, channels):
     assert tuple(stage.channels for stage in info) == channels
 
 
+def test_the_small_kernel_exists_where_it_is_smaller():
+    model = micro_slak(kernel_size=(9, 5, 3, 7, 5))
+    branches = [list(dict(stage[0].large_kernel.named_children())) for stage in model.stages]
+    pair = ["LoRA1", "LoRA2"]
+    assert branches == [[*pair, "small_conv"], pair, pair, [*pair, "small_conv"]]
+
+
 # Folding
 
 
@@ -337,6 +344,16 @@ def test_zero_init_residual():
         assert (model.layer4[0].bn2.weight == 1).all()
 
 
+def test_vit_map_holds_the_patch_tokens():
+    model = fill_by_name(create_model("vit_nano", 10, image_size=64)).eval()
+    tokens = []
+    model.encoder.register_forward_hook(lambda module, inputs, output: tokens.append(output))
+    with torch.no_grad():
+        feature = model.forward_with_features(make_images(model)).features[0]
+    assert torch.equal(feature[:, :, 2, 1], tokens[0][:, 1 + 2 * 4 + 1])  # row 2, column 1 of 4
+    assert torch.equal(feature.flatten(2).transpose(1, 2), tokens[0][:, 1:])  # without the class
+
+
 def test_vit_image_size():
     model = create_model("vit_nano", 10, image_size=64).eval()
     with torch.no_grad():
@@ -375,10 +392,10 @@ def test_unknown_option_names_the_nearest(name, option, nearest):
     ("resnet_nano", {"block": 3}, "'block'.* must be str, got 3"),
     ("resnet_nano", {"block": "wide"}, "one of basic, bottleneck; got 'wide'"),
     ("vit_nano", {"image_size": 64.0}, "'image_size'.* must be int, got 64.0"),
-    ("slak_nano", {"kernel_size": (51, 49, 47, 13)}, r"five .*\[51, 49, 47, 13\]"),
-    ("slak_nano", {"kernel_size": 51}, r"five .*\[51\]"),
-    ("slak_nano", {"kernel_size": (51, 49, 47, 13, -5)}, "five positive"),
-    ("slak_nano", {"kernel_size": (51, 49, 47, 13, "x")}, "five positive"),
+    ("slak_nano", {"kernel_size": (51, 49, 47, 13)}, r"kernel_size takes .*\[51, 49, 47, 13\]"),
+    ("slak_nano", {"kernel_size": 51}, r"kernel_size takes .* positive .*\[51\]"),
+    ("slak_nano", {"kernel_size": (51, 49, 47, 13, -5)}, "kernel_size takes .* positive"),
+    ("slak_nano", {"kernel_size": (51, 49, 47, 13, "x")}, "kernel_size takes .* positive"),
     ("slak_nano", {"kernel_size": (51, 48, 47, 13, 5)}, "odd.*48"),
     ("slak_nano", {"kernel_size": (51, 49, 47, 13, 4)}, "odd.*4"),
     ("slak_nano", {"kernel_size": (51, 49, 47, 13, 4), "decomposed": False}, "odd.*4"),

@@ -179,7 +179,7 @@ def test_a_truncated_file(legacy, tmp_path):
     content = path.read_bytes()
     for size in (len(content) // 2, len(content) - 100, 30, 0):
         path.write_bytes(content[:size])
-        with pytest.raises(UserError, match=f"{re.escape(str(path))} is not a readable PyTorch"):
+        with pytest.raises(UserError, match=f"{re.escape(str(path))} is not a .*PyTorch"):
             load_weights(make_model(), path)
 
 
@@ -213,7 +213,7 @@ def test_a_pickle_that_would_run_code_is_refused_without_running_it(writer, tmp_
         path.write_bytes(pickle.dumps(content["args"], protocol=2))
     else:
         torch.save(content, path, _use_new_zipfile_serialization=writer == "torch")
-    with pytest.raises(UserError, match="not a readable PyTorch checkpoint"):
+    with pytest.raises(UserError, match="is not a .*PyTorch checkpoint"):
         load_weights(make_model(), path)
     assert not marker.exists()
     with open(path, "rb") as file:  # the ordinary way does run it, so the test means something

@@ -3,30 +3,41 @@ import argparse
 import os
 import pickle
 import subprocess
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
-from utils.errors import UserError
+from utils.errors import UserError, one_line
 
 
-def save_atomically(content: dict[str, Any], path: Path) -> None:
-    """Write `content` beside `path`, flush it to the disk, then rename: a kill or a full disk at
-    any moment leaves the old file or the new one, never half of one."""
+def write_atomically(write: Callable[[BinaryIO], None], path: Path) -> None:
+    """Let `write` fill a file beside `path`, flush it to the disk, then rename: a kill or a full
+    disk at any moment leaves the old file or the new one, never half of one."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save(content, file)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into the latter
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         kept = " The one there is kept." if path.exists() else ""
-        raise UserError(f"could not write {path}: {str(error).splitlines()[0]}.{kept} "
-                        "Free some space or set --output-dir, then start the same command again."
+        raise UserError(f"could not write {path}: {str(error).splitlines()[0]}.{kept} Make room "
+                        "for it or name another folder, then start the same command again."
                         ) from error
+
+
+def save_atomically(content: dict[str, Any], path: Path) -> None:
+    write_atomically(lambda file: torch.save(content, file), path)
+
+
+def write_text_atomically(text: str, path: Path) -> None:
+    write_atomically(lambda file: file.write(text.encode()), path)
 
 
 def load_file(path: Path) -> dict[str, Any]:
@@ -37,9 +48,12 @@ def load_file(path: Path) -> dict[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"no such file: {path}.") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} is not a readable PyTorch checkpoint ({reason}).") from None
+    except pickle.UnpicklingError:  # torch's own text advises to run the file's code
+        raise UserError(f"{path} is not a readable PyTorch checkpoint of tensors and plain values "
+                        "(files that hold code are not opened).") from None
+    except Exception as error:  # a damaged file can raise almost anything inside torch.load
+        raise UserError(f"{path} is not a readable PyTorch checkpoint ({one_line(error)[:200]})."
+                        ) from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, expected a dict of tensors.")
     return content

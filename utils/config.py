@@ -45,15 +45,20 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} See {self.prog} --help.")
 
     def _config_path(self, argv: list[str]) -> Path | None:
-        finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        finder.add_argument("--config", type=Path)
-        return finder.parse_known_args(argv)[0].config
+        for i, word in enumerate(argv):
+            flag, separator, value = word.partition("=")
+            if flag == "--config":
+                value = value if separator else "".join(argv[i + 1:i + 2])
+                if not value or value.startswith("--"):
+                    self.error("argument --config: expected a YAML file.")
+                return Path(value)
+        return None
 
     def _read_recipe(self, path: Path) -> dict[str, Any]:
         try:
             content = yaml.safe_load(path.read_text()) or {}
-        except FileNotFoundError:
-            raise UserError(f"--config: no such file: {path}.") from None
+        except OSError as error:
+            raise UserError(f"--config {path} cannot be read ({error.strerror}).") from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UserError(f"--config {path} is not readable YAML: {error}") from None
         if not isinstance(content, dict):
@@ -70,18 +75,22 @@ class Parser(argparse.ArgumentParser):
 
     def _converted(self, action: argparse.Action, value: Any, where: str) -> Any:
         """A YAML value as the flag would have given it: same type, same choices."""
+        if value is None:
+            if action.default is not None:
+                wanted = {int: "a whole number", float: "a number"}.get(action.type, "a value")
+                raise UserError(f"{where} takes {wanted}, got none; leave the key out for the "
+                                f"default, {action.default}.")
+            return None
         if isinstance(action, argparse.BooleanOptionalAction):
             if not isinstance(value, bool):
                 raise UserError(f"{where} must be true or false, got {value!r}.")
             return value
         if isinstance(action, argparse._AppendAction):
             lists = value if isinstance(value, list) else [value]
-            return [str(item).split() for item in lists]
-        if value is None:
-            return None
+            return [_words(item) for item in lists]
         if action.nargs is None:
             return self._element(action, value, where)
-        words = value if isinstance(value, list) else str(value).split()
+        words = _words(value)
         if isinstance(action.nargs, int) and len(words) != action.nargs:
             raise UserError(f"{where} takes {action.nargs} values, got {value!r}.")
         return [self._element(action, word, where) for word in words]
@@ -95,6 +104,10 @@ class Parser(argparse.ArgumentParser):
             raise UserError(f"{where} must be one of {', '.join(map(str, action.choices))}; "
                             f"got {value!r}.")
         return value
+
+
+def _words(value: Any) -> list[str]:
+    return [str(item) for item in value] if isinstance(value, list) else str(value).split()
 
 
 def _dashed(word: str) -> str:

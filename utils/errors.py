@@ -6,6 +6,11 @@ class UserError(ValueError):
     expected and what to change."""
 
 
+def one_line(error: Exception) -> str:
+    """Its text without line breaks, its type where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 class UnknownName(UserError, KeyError):
     """A name that is not registered. (`KeyError.__str__` would print the message in quotes.)"""
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from utils.checkpoint import write_text_atomically
 from utils.distributed import is_main
 from utils.errors import UserError
 
@@ -30,7 +31,9 @@ class RunLog:
 
     def __init__(self, folder: Path, tensorboard: bool) -> None:
         self.path = folder / "log.txt"
-        self.writer = _summary_writer(folder) if tensorboard and is_main() else None
+        self.writer = None
+        if tensorboard and is_main():
+            self.writer = summary_writer_class()(str(folder / "tensorboard"))
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a record; an epoch that is repeated after a resume replaces its old line."""
@@ -38,9 +41,7 @@ class RunLog:
             return
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         kept = [line for line in lines if json.loads(line)["epoch"] < record["epoch"]]
-        temporary = self.path.with_name("log.txt.tmp")
-        temporary.write_text("\n".join([*kept, json.dumps(record)]) + "\n")
-        temporary.replace(self.path)
+        write_text_atomically("\n".join([*kept, json.dumps(record)]) + "\n", self.path)
         if self.writer is not None:
             for key, value in record.items():
                 if isinstance(value, (int, float)):
@@ -48,10 +49,11 @@ class RunLog:
             self.writer.flush()
 
 
-def _summary_writer(folder: Path) -> Any:
+def summary_writer_class() -> type:
+    """TensorBoard's writer. Raises UserError where the optional package is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard, "
                         "or leave the flag out.") from None
-    return SummaryWriter(str(folder / "tensorboard"))
+    return SummaryWriter

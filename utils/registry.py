@@ -93,7 +93,7 @@ def parse_spec(words: list[str], flag: str) -> tuple[str, dict[str, Any]]:
 def _check_type(what: str, value: Any, parameter: inspect.Parameter) -> None:
     """Numbers where the default or the annotation is a number, and so on; nothing is converted."""
     expected = {int: (int,), float: (int, float), bool: (bool,), str: (str,),
-                tuple: (tuple, list, int)}.get(_plain_type(parameter))
+                tuple: (tuple, list)}.get(_plain_type(parameter))
     is_bool = isinstance(value, bool)
     if expected and (not isinstance(value, expected) or (is_bool and bool not in expected)):
         wanted = " or ".join(kind.__name__ for kind in expected)

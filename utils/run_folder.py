@@ -32,8 +32,9 @@ def run_name(teacher: list[str], student: list[str], losses: list[list[str]], ep
 # --teacher-weights has no part in it. Nothing already in the folder is ever overwritten by a run
 # that does not continue it.
 def find_checkpoint(folder: Path, resume: Path | None, auto_resume: bool,
-                    settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The checkpoint to continue, checked against this start's `settings`; None for a new run."""
+                    settings: dict[str, Any]) -> tuple[Path, dict[str, Any]] | None:
+    """The file to continue and its content, checked against this start's `settings`; None for a
+    new run."""
     last = folder / LAST
     if resume is not None:
         if last.exists() and resume.resolve().parent != folder.resolve():
@@ -41,13 +42,22 @@ def find_checkpoint(folder: Path, resume: Path | None, auto_resume: bool,
                             "Set another --output-dir.")
         path = resume
     elif not last.exists():
+        remains = sorted(path.name for path in folder.glob("*") if path.suffix == ".pth"
+                         or path.name == "log.txt")
+        if remains:
+            raise UserError(f"{folder} holds {', '.join(remains)} of another run but no {LAST}. "
+                            "Continue one with --resume, or set another --output-dir.")
         return None
     elif auto_resume:
         path = last
     else:
         raise UserError(f"{folder} already holds a run. Leave out --no-auto-resume to continue it, "
                         "or set another --output-dir.")
-    saved = load_file(path)
+    try:
+        saved = load_file(path)
+    except UserError as error:
+        raise UserError(f"{error} Continue another file with --resume, or set another "
+                        "--output-dir.") from None
     if "optimizer" not in saved or not isinstance(saved.get("args"), dict):
         raise UserError(f"{path} is not a checkpoint of this program's training. Weights alone are "
                         "loaded with --student-weights.")
@@ -55,4 +65,4 @@ def find_checkpoint(folder: Path, resume: Path | None, auto_resume: bool,
     if changes:
         raise UserError(f"{path} is from a run with other settings ({'; '.join(changes)}). Repeat "
                         "its settings to continue it, or set another --output-dir.")
-    return saved
+    return path, saved
