@@ -18,6 +18,8 @@ from utils.log import progress
 from utils.optim import set_hyperparameters
 from utils.rng import fold_seed
 
+AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 class Meter:
     """Means of scalars over an epoch, their sums kept on the device until asked for."""

@@ -22,8 +22,6 @@ from utils.errors import UserError
 from utils.log import say
 from utils.registry import parse_spec
 
-AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 def build_parser() -> config.Parser:
     parser = config.Parser(prog="eval.py", description=__doc__.split("\n")[0])
@@ -45,7 +43,7 @@ def build_parser() -> config.Parser:
     flag("--skip-bad-images", action=argparse.BooleanOptionalAction, default=False,
          help="leave unreadable pictures out of the count instead of stopping")
     flag("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to run")
-    flag("--amp", choices=list(AMP_DTYPES), default="none", help="mixed precision")
+    flag("--amp", choices=list(engine.AMP_DTYPES), default="none", help="mixed precision")
     flag("--predictions", type=Path, metavar="NPZ", help="save what was predicted for every image")
     return parser
 
@@ -73,8 +71,9 @@ def run(args: argparse.Namespace) -> int:
         f"{args.input_size} px")
     num_parameters = model.num_parameters
     model = model.eval().fold().to(device, memory_format=torch.channels_last)
-    options = engine.StepOptions(device=device, amp_dtype=AMP_DTYPES[args.amp], accum_steps=1,
-                                 memory_format=torch.channels_last, clip_grad=None, seed=0)
+    options = engine.StepOptions(
+        device=device, amp_dtype=engine.AMP_DTYPES[args.amp], accum_steps=1,
+        memory_format=torch.channels_last, clip_grad=None, seed=0)
     transform = data.eval_transform(args.input_size, mean=model.input_mean, std=model.input_std,
                                     crop_pct=args.crop_pct)
     loader = data.eval_loader(source, transform, batch_size=args.batch_size,

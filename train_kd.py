@@ -24,14 +24,14 @@ from models.distiller import Distiller
 from models.teacher import FrozenTeacher
 from models.weights import fetch_weights
 from utils import checkpoint, config, distributed, optim
+from utils.batch import settle_batch
 from utils.ema import ModelEma
 from utils.errors import UserError, one_line
-from utils.log import RunLog, say, summary_writer_class
+from utils.log import RunLog, peak_memory_gib, say, summary_writer_class
 from utils.registry import parse_spec
 from utils.rng import fold_seed
 from utils.run_folder import LAST, find_checkpoint, run_name
 
-AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def build_parser() -> config.Parser:
     parser = config.Parser(prog="train_kd.py", description=__doc__.split("\n")[0])
@@ -117,7 +117,7 @@ def _add_run_flags(parser: config.Parser) -> None:
     flag("--tensorboard", action=argparse.BooleanOptionalAction, default=False,
          help="write events beside log.txt (needs the package tensorboard)")
     flag("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to train")
-    flag("--amp", choices=["auto", *AMP_DTYPES], default="auto",
+    flag("--amp", choices=["auto", *engine.AMP_DTYPES], default="auto",
          help="mixed precision; auto: bf16 on a GPU that has it, else none")
     flag("--channels-last", action=argparse.BooleanOptionalAction, default=True,
          help="memory layout of maps and convolutions")
@@ -204,23 +204,14 @@ def resolve_defaults(args: argparse.Namespace, device: torch.device) -> None:
 
 def resolve_batch(args: argparse.Namespace) -> None:
     """Settle accumulation, effective batch and updates per epoch."""
-    per_micro_step = args.batch_size * args.world_size
-    product = f"{args.world_size} process(es) x {args.batch_size} images"
-    if args.accum_steps is None:
-        args.accum_steps, rest = divmod(args.effective_batch, per_micro_step)
-        if rest or not args.accum_steps:
-            raise UserError(f"--effective-batch {args.effective_batch} is not a multiple of "
-                            f"{product} = {per_micro_step}. Change --batch-size or "
-                            "--effective-batch, or set --accum-steps.")
-    effective = per_micro_step * args.accum_steps
-    if "effective_batch" in args.given and effective != args.effective_batch:
-        raise UserError(f"--effective-batch {args.effective_batch} contradicts {product} x "
-                        f"--accum-steps {args.accum_steps} = {effective}. Leave one of them out.")
-    args.effective_batch = effective
-    args.steps_per_epoch = args.train_size // effective
+    asked = args.effective_batch if "effective_batch" in args.given else None
+    args.accum_steps, args.effective_batch = settle_batch(
+        args.batch_size, args.world_size, args.accum_steps, asked, default=args.effective_batch)
+    args.steps_per_epoch = args.train_size // args.effective_batch
     if args.steps_per_epoch == 0:
         raise UserError(f"the training set has {args.train_size} images, fewer than one effective "
-                        f"batch of {effective}. Lower --effective-batch (and --batch-size).")
+                        f"batch of {args.effective_batch}. Lower --effective-batch (and "
+                        "--batch-size).")
     if args.batch_size % 2 and args.mixup_prob > 0 and args.mixup + args.cutmix > 0:
         raise UserError(f"mixup and cutmix pair the images of a batch, so --batch-size must be "
                         f"even; got {args.batch_size}.")
@@ -247,7 +238,7 @@ def build_parts(args: argparse.Namespace, device: torch.device, sources: list,
                         f"--input-size is {args.input_size}.")
     teacher = build_teacher(args, student)
     options = engine.StepOptions(
-        device=device, amp_dtype=AMP_DTYPES[args.amp], accum_steps=args.accum_steps,
+        device=device, amp_dtype=engine.AMP_DTYPES[args.amp], accum_steps=args.accum_steps,
         memory_format=torch.channels_last if args.channels_last else torch.contiguous_format,
         clip_grad=args.clip_grad, seed=args.seed)
     torch.manual_seed(fold_seed(args.seed, "losses"))
@@ -282,7 +273,9 @@ def try_one_batch(args: argparse.Namespace, parts: Parts) -> None:
     distiller = parts.state.distiller.eval()
     try:
         with parts.options.autocast():
-            distiller(images, targets, parts.teacher and parts.teacher(images))
+            # forward itself: a compiled module would be compiled for this odd batch, too.
+            teacher_output = parts.teacher and parts.teacher.forward(images)
+            distiller.forward(images, targets, teacher_output)
     except RuntimeError as error:
         raise UserError(f"teacher, student and losses do not go together at --input-size "
                         f"{args.input_size}: {one_line(error)}.") from error
@@ -457,6 +450,7 @@ def finish_epoch(args: argparse.Namespace, parts: Parts, means: dict[str, float]
         state.best[best] = max(result.acc1, state.best[best])
     record["n_parameters"] = state.distiller.student.num_parameters
     record["images_per_second"] = speed
+    record["peak_memory_gib"] = peak_memory_gib(parts.options.device)
     state.epoch += 1
     shown = ", ".join(f"{key.removeprefix('test_')} {record[key]:.2f}" for key in record
                       if key.startswith(("test_acc1", "agreement")))

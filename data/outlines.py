@@ -2,10 +2,10 @@
 
 Number, spacing, radius and colour of the dots are drawn before the class is looked at, and every
 outline is scaled to the same range of perimeters, so a single dot or a pixel count says nothing
-about the class. A few neighbouring dots do say something (straight or bent, and which way), and 3x3
-networks with four stages learn the set as well as large-kernel ones do: it shows that training
-works, not that large kernels are better. Nothing is downloaded or stored; an image is a pure
-function of (seed, split, index).
+about the class: the arrangement decides. A few neighbouring dots do say something (straight or
+bent, and which way), so a network of small reach is behind, not blind; and small kernels reach
+everything when there are enough stages with strides. Nothing is downloaded or stored; an image is a
+pure function of (seed, split, index).
 """
 import numpy as np
 from PIL import Image

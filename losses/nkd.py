@@ -24,7 +24,7 @@ class NormalizedKnowledgeDistillation(Loss):
         super().__init__()
         check_positive("nkd temperature", temperature)
         if not 0 <= gamma < torch.inf:
-            raise UserError(f"nkd gamma must be a number of at least 0, got {gamma}.")
+            raise UserError(f"nkd gamma must not be negative or infinite, got {gamma}.")
         self.temperature, self.gamma = temperature, gamma
 
     def forward(self, student: ModelOutput, teacher: ModelOutput, targets: Tensor) -> Tensor:

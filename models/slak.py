@@ -7,6 +7,7 @@ with N = 100 leave one 7x7 convolution and its BatchNorm (`convnext_t_bn`, `conv
 Module names are those of the published checkpoints (`large_kernel.LoRA1`, which has nothing to do
 with low-rank adapters; `lkb_origin`).
 """
+import math
 from collections.abc import Sequence
 
 import torch
@@ -121,6 +122,8 @@ class SLaK(ConvNeXtFrame):
                  kernel_size: Sequence[int] = LARGE_KERNELS, width_factor: float = 1.3,
                  decomposed: bool = True, bn: bool = True, layer_scale_init: float = 1e-6,
                  drop_path: float = 0.0, head_init_scale: float = 1.0) -> None:
+        if not 0 < width_factor < math.inf:
+            raise UserError(f"width_factor must be a positive number, got {width_factor}.")
         _check_kernels(kernel_size, len(dims), decomposed)
         small_kernel = kernel_size[-1]
 

@@ -1,13 +1,16 @@
 """The step: one path whatever the precision, accumulation, EMA; a teacher that never trains."""
 import copy
+import shutil
 
 import pytest
 import torch
 from torch import nn
 
 import engine
-from models import create_model
+import losses
+from models import ModelOutput, create_model
 from models.base import IMAGENET_MEAN, IMAGENET_STD
+from models.distiller import Distiller
 from models.teacher import FrozenTeacher
 from tests.helpers import (
     fill_by_name,
@@ -227,3 +230,25 @@ def test_fewer_than_five_classes():
     batch = (logit_images(torch.eye(3)), torch.arange(3), torch.arange(3))
     result = engine.evaluate(LogitsOfImages(), FixedLoader([batch], 3), options=make_options())
     assert result.acc5 == 100 and result.samples["top5"].shape == (3, 5)
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler")
+def test_a_compiled_step_carries_a_gradient():
+    """With one loss of weight 1 the total and the raw term are one value; handed out both with and
+    without a gradient, the compiler kept the one without."""
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(3, 10)
+
+        def forward_with_features(self, images):
+            return ModelOutput(self.head(images.mean((2, 3))), [])
+
+    distiller = Distiller(Pooled(), {"ce": losses.create_loss("ce", ())}, {"ce": 1.0})
+    images, labels, _ = make_batches(1)[0]
+    expected, _ = distiller(images, labels, None)
+    distiller.compile()
+    total, terms = distiller(images, labels, None)
+    total.backward()
+    assert distiller.student.head.weight.grad.abs().sum() > 0
+    torch.testing.assert_close(total, expected)

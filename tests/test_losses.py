@@ -396,7 +396,7 @@ def test_unknown_option_names_the_nearest(name, option, nearest):
     ("kd", {"temperature": float("inf")}, "temperature must be a positive number, got inf"),
     ("nkd", {"temperature": -1.0}, "temperature must be a positive number, got -1.0"),
     ("nkd", {"temperature": float("nan")}, "temperature must be a positive number, got nan"),
-    ("nkd", {"gamma": -1}, "gamma must not be negative, got -1"),
+    ("nkd", {"gamma": -1}, "gamma must not be negative or infinite, got -1"),
     ("fd", {"kind": "l1"}, "kind must be smooth_l1 or mse, got 'l1'"),
     ("fd", {"beta": 0.0}, "beta must be a positive number, got 0.0"),
     ("fd", {"features": 2}, r"features=2: the student has 2 stage\(s\).*\[-2, 1\].*features=-1"),

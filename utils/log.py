@@ -1,9 +1,11 @@
 """What a run says while it runs: progress, one JSON object per epoch, TensorBoard."""
 import json
+import resource
 import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from utils.checkpoint import write_text_atomically
@@ -24,6 +26,14 @@ def progress(description: str, total: int, *, initial: int = 0, unit: str = "bat
     return tqdm(desc=description, total=total, initial=initial, unit=unit,
                 disable=not is_main(), dynamic_ncols=interactive, leave=not interactive,
                 mininterval=0.5 if interactive else 20, maxinterval=1 if interactive else 60)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory held so far: by PyTorch on a GPU, by the whole process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2 ** 30
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30
 
 
 class RunLog:

@@ -1,0 +1,52 @@
+"""The main job on photographs. They lie beside the repository or where L2S_PICTURES says, in
+train/<class>/ and val/<class>/; without them these tests are skipped."""
+import json
+import os
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import eval as evaluation
+import train_kd
+
+PICTURES = Path(os.environ.get("L2S_PICTURES", Path(__file__).parents[2]
+                               / "shared" / "data" / "imagenette224"))
+
+pytestmark = pytest.mark.skipif(
+    not (PICTURES / "train").is_dir(),
+    reason=f"no photographs in {PICTURES}: set L2S_PICTURES to a folder with train/ and val/")
+
+
+@pytest.fixture(scope="module")
+def few_pictures(tmp_path_factory) -> Path:
+    """Three classes with eight training and three validation pictures, a greyscale one if any."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for split, number in (("train", 8), ("val", 3)):
+        for source in sorted((PICTURES / split).iterdir())[:3]:
+            files = sorted(source.iterdir(), key=is_in_colour)
+            (folder / split / source.name).mkdir(parents=True)
+            for file in files[:number]:
+                (folder / split / source.name / file.name).symlink_to(file)
+    return folder
+
+
+def is_in_colour(file: Path) -> bool:
+    with Image.open(file) as image:
+        return image.mode == "RGB"
+
+
+@pytest.mark.parametrize("loss", [["nkd"], ["fd", "whiten=true"]])
+def test_slak_t_teaches_resnet50_at_full_size(few_pictures, tmp_path, loss):
+    words = ["--teacher", "slak_t", "--teacher-weights", "random", "--student", "resnet50",
+             "--loss", *loss, *(["--loss", "ce"] if loss[0] == "fd" else []),
+             "--data-path", str(few_pictures), "--batch-size", "2", "--effective-batch", "4",
+             "--epochs", "1", "--warmup-steps", "1", "--num-workers", "0", "--model-ema",
+             "--save-freq", "0", "--output-dir", str(tmp_path)]
+    assert train_kd.main(words) == 0
+    (folder,) = tmp_path.iterdir()
+    record = json.loads((folder / "log.txt").read_text())
+    assert record["n_parameters"] == 25_557_032 - 997 * 2049  # three classes instead of 1000
+    assert 0 < record["train_loss"] < 100 and record[f"train_{loss[0]}"] > 0
+    assert evaluation.main(["--checkpoint", str(folder / "checkpoint-last.pth"), "--data-path",
+                            str(few_pictures), "--batch-size", "3", "--num-workers", "0"]) == 0
