@@ -14,7 +14,7 @@ SEEDS=${SEEDS:-0}
 NPROC=${NPROC:-1}
 
 TEACHER=(slak_nano kernel_size=31,15,7,3,5 layer_scale_init=0)
-STUDENT=(resnet_nano)
+STUDENT=(convnext_bn_nano depths=1,1,2,1 dims=20,40,80,160 layer_scale_init=0)
 TEACHER_EPOCHS=12
 EPOCHS=8
 LOSS=(--loss nkd)

@@ -20,9 +20,9 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def few_pictures(tmp_path_factory) -> Path:
-    """Three classes with eight training and three validation pictures, a greyscale one if any."""
+    """Three classes with two training pictures and one to validate, greyscale ones if any."""
     folder = tmp_path_factory.mktemp("pictures")
-    for split, number in (("train", 8), ("val", 3)):
+    for split, number in (("train", 2), ("val", 1)):
         for source in sorted((PICTURES / split).iterdir())[:3]:
             files = sorted(source.iterdir(), key=is_in_colour)
             (folder / split / source.name).mkdir(parents=True)
@@ -36,17 +36,16 @@ def is_in_colour(file: Path) -> bool:
         return image.mode == "RGB"
 
 
-@pytest.mark.parametrize("loss", [["nkd"], ["fd", "whiten=true"]])
-def test_slak_t_teaches_resnet50_at_full_size(few_pictures, tmp_path, loss):
+def test_slak_t_teaches_resnet50_at_full_size(few_pictures, tmp_path):
     words = ["--teacher", "slak_t", "--teacher-weights", "random", "--student", "resnet50",
-             "--loss", *loss, *(["--loss", "ce"] if loss[0] == "fd" else []),
-             "--data-path", str(few_pictures), "--batch-size", "2", "--effective-batch", "4",
-             "--epochs", "1", "--warmup-steps", "1", "--num-workers", "0", "--model-ema",
-             "--save-freq", "0", "--output-dir", str(tmp_path)]
+             "--loss", "nkd", "--loss", "fd", "weight=0.1", "whiten=true", "--data-path",
+             str(few_pictures), "--batch-size", "2", "--effective-batch", "2", "--epochs", "1",
+             "--warmup-steps", "1", "--num-workers", "0", "--save-freq", "0", "--output-dir",
+             str(tmp_path)]
     assert train_kd.main(words) == 0
     (folder,) = tmp_path.iterdir()
     record = json.loads((folder / "log.txt").read_text())
     assert record["n_parameters"] == 25_557_032 - 997 * 2049  # three classes instead of 1000
-    assert 0 < record["train_loss"] < 100 and record[f"train_{loss[0]}"] > 0
+    assert record["train_nkd"] > 0 and record["train_fd"] > 0
     assert evaluation.main(["--checkpoint", str(folder / "checkpoint-last.pth"), "--data-path",
-                            str(few_pictures), "--batch-size", "3", "--num-workers", "0"]) == 0
+                            str(few_pictures), "--batch-size", "1", "--num-workers", "0"]) == 0
