@@ -38,6 +38,8 @@ def read_run(folder: Path) -> Run:
     except FileNotFoundError as error:
         raise UserError(f"{folder} is not a run folder with a finished epoch: "
                         f"{Path(error.filename).name} is missing.") from None
+    if not records:
+        raise UserError(f"{folder} is not a run folder with a finished epoch: log.txt is empty.")
     last = records[-1]
     return Run(folder, args, last.get("test_acc1_ema", last["test_acc1"]), last["epoch"] + 1)
 
@@ -48,15 +50,12 @@ def group_key(args: dict[str, Any], left_out: set[str]) -> str:
 
 def table(runs: list[Run]) -> str:
     """A Markdown table, one row per setting, and the runs that are left out with the reason."""
-    finished = [run for run in runs if run.num_epochs_done == run.args["epochs"]]
-    groups: dict[str, list[Run]] = {}
-    for run in finished:
-        groups.setdefault(group_key(run.args, NOT_COMPARED), []).append(run)
+    groups, left_out = group_runs(runs)
     supervised = {group_key(group[0].args, NOT_COMPARED | TEACHING): mean(group)
-                  for group in groups.values() if group[0].args["teacher"] == ["none"]}
+                  for group in groups if group[0].args["teacher"] == ["none"]}
     rows = ["| teacher | student | loss | epochs | n | top-1 % | direct gain |",
             "|---|---|---|---:|---:|---:|---:|"]
-    for group in groups.values():
+    for group in groups:
         args = group[0].args
         baseline = supervised.get(group_key(args, NOT_COMPARED | TEACHING))
         gain = "-"
@@ -67,9 +66,23 @@ def table(runs: list[Run]) -> str:
                     f"{args['epochs']} | {len(group)} | {spread(group)} | {gain} |")
     notes = ["", "top-1: last epoch, mean +- sample standard deviation over n seeds. Direct gain: "
              "points over the supervised run with the same student, recipe and epochs."]
-    notes += [f"left out: {run.folder} (epoch {run.num_epochs_done} of {run.args['epochs']})"
-              for run in runs if run not in finished]
-    return "\n".join(rows + notes)
+    return "\n".join(rows + notes + [f"left out: {reason}" for reason in left_out])
+
+
+def group_runs(runs: list[Run]) -> tuple[list[list[Run]], list[str]]:
+    """Finished runs that differ in their seed only, together; and why the others are left out."""
+    groups: dict[str, list[Run]] = {}
+    left_out = []
+    for run in runs:
+        group = groups.setdefault(group_key(run.args, NOT_COMPARED), [])
+        twin = next((other for other in group if other.args["seed"] == run.args["seed"]), None)
+        if run.num_epochs_done != run.args["epochs"]:
+            left_out.append(f"{run.folder} (epoch {run.num_epochs_done} of {run.args['epochs']})")
+        elif twin is not None:
+            left_out.append(f"{run.folder} (same settings and seed as {twin.folder})")
+        else:
+            group.append(run)
+    return [group for group in groups.values() if group], left_out
 
 
 def mean(group: list[Run]) -> float:

@@ -96,6 +96,11 @@ class FoldedLargeKernel(nn.Module):
         return sum(conv(x) for conv in self.convs)
 
 
+# The pair of the quickstart: one network, and the same with 3x3 kernels only.
+@register_model("slak_pico", depths=(1, 1), dims=(48, 96), kernel_size=(15, 7, 3),
+                width_factor=1.0, layer_scale_init=0.0)
+@register_model("convnext_bn_pico", depths=(1, 1), dims=(48, 96), kernel_size=(3, 3, 100),
+                width_factor=1.0, decomposed=False, layer_scale_init=0.0)
 @register_model("slak_nano", depths=(1, 1, 2, 1), dims=(20, 40, 80, 160),
                 kernel_size=(15, 15, 7, 3, 3))
 @register_model("convnext_bn_nano", depths=(1, 1, 3, 1), dims=(24, 48, 96, 192),

@@ -14,11 +14,10 @@ RUNS=${RUNS:-runs/quickstart}
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 SEEDS=${SEEDS:-0}
 
-# The same network but for its kernels: 15 and 7 on maps of 16x16 and 8x8 see the whole picture,
-# 3 and 3 see 32 of its 64 pixels.
-SHAPE=(depths=1,1 dims=48,96 width_factor=1.0 layer_scale_init=0)
-TEACHER=(slak_nano kernel_size=15,7,3 "${SHAPE[@]}")
-STUDENT=(convnext_bn_nano kernel_size=3,3,100 "${SHAPE[@]}")
+# The same network but for its kernels: 15 and 7 on maps of 16x16 and 8x8 reach the whole picture,
+# 3 and 3 reach 32 of its 64 pixels.
+TEACHER=slak_pico
+STUDENT=convnext_bn_pico
 LOSS=(--loss nkd)
 EPOCHS=8
 
@@ -29,14 +28,14 @@ train() {
 
 for seed in $SEEDS; do
     echo "== teacher alone (seed $seed)"
-    train --seed "$seed" --teacher none --student "${TEACHER[@]}" "$@"
+    train --seed "$seed" --teacher none --student $TEACHER "$@"
     echo "== student alone (seed $seed)"
-    train --seed "$seed" --teacher none --student "${STUDENT[@]}" "$@"
+    train --seed "$seed" --teacher none --student $STUDENT "$@"
     suffix=$([[ $seed == 0 ]] || echo "-seed$seed")
-    teacher_folder=$(ls -d "$RUNS"/none-slak_nano*-${EPOCHS}ep"$suffix")
     echo "== student distilled (seed $seed)"
-    train --seed "$seed" --teacher "${TEACHER[@]}" \
-        --teacher-weights "$teacher_folder/checkpoint-last.pth" --student "${STUDENT[@]}" \
+    train --seed "$seed" --teacher $TEACHER \
+        --teacher-weights "$RUNS/none-$TEACHER-ce-${EPOCHS}ep$suffix/checkpoint-last.pth" \
+        --student $STUDENT \
         "${LOSS[@]}" "$@"
 done
 
