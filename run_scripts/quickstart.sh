@@ -19,7 +19,7 @@ SEEDS=${SEEDS:-0}
 TEACHER=slak_pico
 STUDENT=convnext_bn_pico
 LOSS=(--loss nkd)
-EPOCHS=8
+EPOCHS=${EPOCHS:-7}
 
 train() {
     "$PYTHON" train_kd.py --config run_scripts/recipes/outlines.yaml --epochs $EPOCHS \
@@ -35,8 +35,7 @@ for seed in $SEEDS; do
     echo "== student distilled (seed $seed)"
     train --seed "$seed" --teacher $TEACHER \
         --teacher-weights "$RUNS/none-$TEACHER-ce-${EPOCHS}ep$suffix/checkpoint-last.pth" \
-        --student $STUDENT \
-        "${LOSS[@]}" "$@"
+        --student $STUDENT "${LOSS[@]}" "$@"
 done
 
 echo

@@ -184,3 +184,17 @@ def test_the_checks_can_fail(tmp_path):
     path.write_text("if true; then\n")
     with pytest.raises(AssertionError):
         test_bash_can_read_it(path)
+
+
+def test_the_quickstart_ends_with_its_table(tmp_path):
+    """The whole script, on a few pictures."""
+    command = ("bash run_scripts/quickstart.sh --data-set outlines train_size=128 val_size=20 "
+               "--num-workers 0")
+    result = bash(command, ROOT, L2S_PYTHON=sys.executable, RUNS=str(tmp_path / "runs"),
+                  EPOCHS="2", OMP_NUM_THREADS="1")
+    assert result.returncode == 0, result.stderr[-2000:]
+    table = result.stdout[result.stdout.index("| teacher"):].splitlines()
+    assert [row.split(" | ")[:2] for row in table[2:5]] == [
+        ["| none", "convnext_bn_pico"], ["| none", "slak_pico"],
+        ["| slak_pico", "convnext_bn_pico"]]
+    assert f"Run folders: {tmp_path / 'runs'}/" in table
