@@ -18,6 +18,7 @@ from utils.log import progress
 from utils.optim import set_hyperparameters
 from utils.rng import fold_seed
 
+SMALLEST_SCALE = 2.0 ** -14  # of the loss; it starts at 2 ** 16 and halves at every overflow
 AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -39,14 +40,14 @@ class Meter:
             self.counts[name] = self.counts.get(name, 0) + 1
             self.failed_at[name] = torch.minimum(self.failed_at.get(name, failed_at), failed_at)
 
-    def first_failure(self) -> tuple[float, str] | None:
-        """The first step and name, on any process, of a value that was not finite."""
+    def failures(self) -> list[tuple[float, str]]:
+        """First step and name of whatever was not finite, on any process, the earliest first."""
         local = [(step.item(), name) for name, step in self.failed_at.items()
                  if math.isfinite(step.item())]
         if not sum_over_ranks(torch.tensor([float(len(local))])).item():
-            return None
+            return []
         everywhere = [failure for share in gather_objects(local) for failure in share]
-        return min(everywhere, key=lambda failure: failure[0])
+        return sorted(everywhere, key=lambda failure: failure[0])  # stable: terms before the total
 
     def means(self) -> dict[str, float]:
         """Averages over the epoch so far and all processes. Waits for the device."""
@@ -82,6 +83,11 @@ class TrainState:
     best: dict[str, float] = field(default_factory=dict)  # best_acc1, best_acc1_ema, percent
     meter: Meter = field(default_factory=Meter)  # of the epoch in progress
 
+    def networks(self) -> dict[str, nn.Module]:
+        """What is evaluated, by the suffix of its figures: the student and its average."""
+        student = {"": self.distiller.student}
+        return student if self.ema is None else {**student, "_ema": self.ema.model}
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "model": self.distiller.student.state_dict(),
@@ -100,8 +106,8 @@ class TrainState:
         self.distiller.student.load_state_dict(state["model"])
         self.distiller.losses.load_state_dict(state["losses"])
         if self.ema:
-            self.ema.load_state_dict({"model": state["model_ema"],
-                                      "num_updates": state["ema_updates"]})
+            self.ema.model.load_state_dict(state["model_ema"])
+            self.ema.num_updates = state["ema_updates"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.epoch = state["step"], state["epoch"]
@@ -159,7 +165,9 @@ def train_one_epoch(state: TrainState, loader: Any, teacher: nn.Module | None, m
                 return None
     means = checked_means(state)
     seconds = time.perf_counter() - start
-    return {**means, "images_per_second": num_images * world_size() / seconds}
+    # None when a resume found the epoch trained and only its evaluation missing.
+    speed = num_images * world_size() / seconds if num_images else None
+    return {**means, "images_per_second": speed}
 
 
 def accumulate_gradients(state: TrainState, batches: Iterator, teacher: nn.Module | None,
@@ -207,17 +215,23 @@ def checked_means(state: TrainState) -> dict[str, float]:
     """The epoch's means so far. Raises NonFiniteLoss, on all processes, when any value since the
     epoch's start was NaN or infinite."""
     means = state.meter.means()
-    failure = state.meter.first_failure()
-    if failure is not None:
-        step, name = failure
+    failures = state.meter.failures()
+    if failures:
+        step, name = failures[0]
+        means |= dict.fromkeys((name for _, name in failures), math.nan)
         values = ", ".join(f"{key} {value:.4g}" for key, value in means.items())
         lr = max(group["lr"] for group in state.optimizer.param_groups)
         raise NonFiniteLoss(
             f"{'loss term ' * (name != 'grad_norm')}{name!r} became NaN or infinite at update "
-            f"{step:.0f}, noticed at update {state.step} (finite means of the epoch: {values}; lr "
+            f"{step:.0f}, noticed at update {state.step} (means of the epoch: {values}; lr "
             f"{lr:.1e}, gradient scale "
             f"{state.scaler.get_scale():g}). The last checkpoint is from before it. Lower --lr, "
             "set --clip-grad, or try --amp none.")
+    if state.scaler.is_enabled() and state.scaler.get_scale() < SMALLEST_SCALE:
+        raise NonFiniteLoss(
+            f"float16 gradients overflow however small they are scaled: the scale is "
+            f"{state.scaler.get_scale():g} at update {state.step}, and no update was made for a "
+            "while. Use --amp bf16 or none.")
     return means
 
 

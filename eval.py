@@ -18,7 +18,7 @@ import models
 from analysis.complexity import count_macs
 from models.weights import fetch_weights, load_weights
 from utils import checkpoint, config, distributed
-from utils.errors import UserError
+from utils.errors import UserError, one_line
 from utils.log import say
 from utils.registry import parse_spec
 
@@ -49,16 +49,8 @@ def build_parser() -> config.Parser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        code = run(build_parser().parse(sys.argv[1:] if argv is None else argv))
-    except UserError as error:
-        distributed.report_error("eval.py", error)
-        return 2
-    except KeyboardInterrupt:
-        print("eval.py: interrupted.", file=sys.stderr)
-        return 130
-    distributed.shutdown()
-    return code
+    return distributed.run_program("eval.py", lambda: run(
+        build_parser().parse(sys.argv[1:] if argv is None else argv)))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -66,7 +58,11 @@ def run(args: argparse.Namespace) -> int:
     check_flags(args)
     model = checkpoint_model(args) if args.checkpoint else named_model(args)
     source = build_source(args, model)
-    macs = count_macs(model, args.input_size)
+    try:
+        macs = count_macs(model, args.input_size)
+    except RuntimeError as error:
+        raise UserError(f"the model does not run at --input-size {args.input_size}: "
+                        f"{one_line(error)}.") from error
     say(f"{model.num_parameters:,} parameters, {macs / 1e9:.3f} G multiply-accumulates at "
         f"{args.input_size} px")
     num_parameters = model.num_parameters
@@ -82,8 +78,11 @@ def run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     result = engine.evaluate(model, loader, options=options)
     seconds = time.perf_counter() - start
-    say(report(result, num_parameters, macs, result.num_samples / seconds,
-               throughput(model, options, args.input_size, args.batch_size), args.batch_size))
+    say(report(result, {
+        "parameters": f"{num_parameters:,}", "multiply-accumulates": f"{macs / 1e9:.3f} G",
+        "images/s, with loading, all processes": f"{result.num_samples / seconds:.0f}",
+        f"images/s, network alone, batch {args.batch_size}":
+            f"{throughput(model, options, args.input_size, args.batch_size):.0f}"}))
     if args.predictions:
         save_predictions(result, source, args.predictions)
     return 0
@@ -161,13 +160,9 @@ def throughput(model: models.VisionModel, options: engine.StepOptions, input_siz
     return batch_size / float(np.median(seconds[1:]))
 
 
-def report(result: engine.Evaluation, num_parameters: int, macs: int, total_speed: float,
-           model_speed: float, batch_size: int) -> str:
+def report(result: engine.Evaluation, rest: dict[str, str]) -> str:
     rows = {"images": f"{result.num_samples:,}", "top-1": f"{result.acc1:.2f} %",
-            "top-5": f"{result.acc5:.2f} %", "cross-entropy": f"{result.loss:.4f}",
-            "parameters": f"{num_parameters:,}", "multiply-accumulates": f"{macs / 1e9:.3f} G",
-            "images/s, with loading, all processes": f"{total_speed:.0f}",
-            f"images/s, network alone, batch {batch_size}": f"{model_speed:.0f}"}
+            "top-5": f"{result.acc5:.2f} %", "cross-entropy": f"{result.loss:.4f}", **rest}
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
 

@@ -30,7 +30,7 @@ from utils.errors import UserError, one_line
 from utils.log import RunLog, peak_memory_gib, say, summary_writer_class
 from utils.registry import parse_spec
 from utils.rng import fold_seed
-from utils.run_folder import LAST, find_checkpoint, run_name
+from utils.run_folder import LAST, check_same_start, find_checkpoint, run_name
 
 
 def build_parser() -> config.Parser:
@@ -40,10 +40,13 @@ def build_parser() -> config.Parser:
                        help="none, or one of: " + ", ".join(models.list_models()))
     group.add_argument("--teacher-weights", default="published", metavar="SOURCE",
                        help="path, URL, published, or random")
+    group.add_argument("--teacher-weights-key", metavar="KEY",
+                       help="model, or model_ema for averaged weights, where a file has both")
     group.add_argument("--student", nargs="+", default=["resnet50"], metavar="NAME",
                        help="same names as --teacher")
     group.add_argument("--student-weights", default="random", metavar="SOURCE",
                        help="start from: path, URL, published, or random")
+    group.add_argument("--student-weights-key", metavar="KEY", help="as for the teacher")
     group.add_argument("--loss", nargs="+", action="append", metavar="NAME",
                        help="may be repeated; weight=1 and the loss's own options; one of: "
                        + ", ".join(losses.list_losses()) + " (default: nkd; ce without a teacher)")
@@ -138,16 +141,8 @@ class Parts(NamedTuple):
 
 def main(argv: list[str] | None = None) -> int:
     """0 when the run is complete, 143 when it was asked to stop, 2 for an error of the user's."""
-    try:
-        code = run(build_parser().parse(sys.argv[1:] if argv is None else argv))
-    except UserError as error:
-        distributed.report_error("train_kd.py", error)
-        return 2
-    except KeyboardInterrupt:
-        print("train_kd.py: interrupted; what was saved before is kept.", file=sys.stderr)
-        return 130
-    distributed.shutdown()
-    return code
+    return distributed.run_program("train_kd.py", lambda: run(
+        build_parser().parse(sys.argv[1:] if argv is None else argv)))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -163,15 +158,18 @@ def run(args: argparse.Namespace) -> int:
     schedule = build_schedule(args)
     folder = args.output_dir / run_name(args.teacher, args.student, args.loss, args.epochs,
                                         args.seed)
-    saved = find_checkpoint(folder, args.resume, args.auto_resume, config.plain(args))
+    saved = find_checkpoint(folder, args.resume, args.auto_resume, config.plain(args),
+                            defaults=config.plain(build_parser().parse([])))
+    check_same_start(saved, folder)
     parts = build_parts(args, device, sources, load_student=saved is None)
     if saved is not None:
         restore(parts.state, *saved)
+    is_resumed, saved = saved is not None, None  # else it would stay in memory for the whole run
     try_one_batch(args, parts)
     log = start_folder(args, folder)
-    describe_run(args, parts, folder, resumed=saved is not None)
+    describe_run(args, parts, folder, is_resumed)
     with distributed.StopRequest() as stop:
-        return train(args, parts, schedule, folder, log, stop)
+        return train(args, parts, schedule, folder, log=log, stop=stop)
 
 
 def check_ranges(args: argparse.Namespace) -> None:
@@ -197,14 +195,18 @@ def resolve_defaults(args: argparse.Namespace, device: torch.device) -> None:
     if args.loss is None:
         args.loss = [["ce"]] if args.teacher[0] == "none" else [["nkd"]]
     if args.amp == "auto":
-        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        has_bf16 = (device.type == "cuda"
+                    and torch.cuda.is_bf16_supported(including_emulation=False))
         args.amp = "bf16" if has_bf16 else "none"
     args.world_size = distributed.world_size()
+    args.git = checkpoint.git_revision(Path(__file__).parent)
 
 
 def resolve_batch(args: argparse.Namespace) -> None:
     """Settle accumulation, effective batch and updates per epoch."""
     asked = args.effective_batch if "effective_batch" in args.given else None
+    if asked is not None and "accum_steps" not in args.given:
+        args.accum_steps = None  # a recipe's; the command line wins
     args.accum_steps, args.effective_batch = settle_batch(
         args.batch_size, args.world_size, args.accum_steps, asked, default=args.effective_batch)
     args.steps_per_epoch = args.train_size // args.effective_batch
@@ -212,9 +214,6 @@ def resolve_batch(args: argparse.Namespace) -> None:
         raise UserError(f"the training set has {args.train_size} images, fewer than one effective "
                         f"batch of {args.effective_batch}. Lower --effective-batch (and "
                         "--batch-size).")
-    if args.batch_size % 2 and args.mixup_prob > 0 and args.mixup + args.cutmix > 0:
-        raise UserError(f"mixup and cutmix pair the images of a batch, so --batch-size must be "
-                        f"even; got {args.batch_size}.")
 
 
 def build_schedule(args: argparse.Namespace) -> Callable[[int], dict[str, float]]:
@@ -232,7 +231,8 @@ def build_parts(args: argparse.Namespace, device: torch.device, sources: list,
                 load_student: bool) -> Parts:
     torch.manual_seed(fold_seed(args.seed, "student"))
     student = build_model(args.student, "--student", args.num_classes,
-                          args.student_weights if load_student else "random")
+                          args.student_weights if load_student else "random",
+                          args.student_weights_key)
     if student.input_size not in (None, args.input_size):
         raise UserError(f"--student {args.student[0]} takes {student.input_size} px only, and "
                         f"--input-size is {args.input_size}.")
@@ -250,6 +250,12 @@ def build_parts(args: argparse.Namespace, device: torch.device, sources: list,
     mix = data.Mixup(args.num_classes, mixup_alpha=args.mixup, cutmix_alpha=args.cutmix,
                      prob=args.mixup_prob, switch_prob=args.mixup_switch_prob,
                      smoothing=args.smoothing)
+    if mix.mixes and args.batch_size % 2:
+        raise UserError(f"mixup and cutmix pair the images of a batch, so --batch-size must be "
+                        f"even; got {args.batch_size}.")
+    if args.batch_size == 1 and any(isinstance(module, nn.BatchNorm2d)
+                                    for module in student.modules()):
+        raise UserError("--batch-size 1 leaves BatchNorm nothing to average over; use 2 or more.")
     if args.compile and teacher is not None:
         teacher.compile()
     return Parts(teacher, build_state(args, distiller, options), train, val, mix, options)
@@ -276,15 +282,18 @@ def try_one_batch(args: argparse.Namespace, parts: Parts) -> None:
             # forward itself: a compiled module would be compiled for this odd batch, too.
             teacher_output = parts.teacher and parts.teacher.forward(images)
             distiller.forward(images, targets, teacher_output)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise UserError(f"teacher, student and losses do not go together at --input-size "
                         f"{args.input_size}: {one_line(error)}.") from error
 
 
-def build_model(words: list[str], flag: str, num_classes: int, weights: str) -> models.VisionModel:
+def build_model(words: list[str], flag: str, num_classes: int, weights: str,
+                weights_key: str | None) -> models.VisionModel:
     name, options = parse_spec(words, flag)
     model = models.create_model(name, num_classes, **options)
-    fetch_weights(model, name, weights, f"{flag}-weights")
+    fetch_weights(model, name, weights, f"{flag}-weights", weights_key)
     return model
 
 
@@ -292,7 +301,8 @@ def build_teacher(args: argparse.Namespace, student: models.VisionModel) -> Froz
     if args.teacher == ["none"]:
         return None
     torch.manual_seed(fold_seed(args.seed, "teacher"))
-    model = build_model(args.teacher, "--teacher", args.num_classes, args.teacher_weights)
+    model = build_model(args.teacher, "--teacher", args.num_classes, args.teacher_weights,
+                        args.teacher_weights_key)
     return FrozenTeacher(model, student.input_mean, student.input_std)
 
 
@@ -358,7 +368,8 @@ def describe_run(args: argparse.Namespace, parts: Parts, folder: Path, resumed: 
     if parts.teacher is not None:
         who.insert(0, ("teacher", args.teacher, parts.teacher, args.teacher_weights))
     for role, words, model, weights in who:
-        stages = " | ".join(f"{channels}x{math.ceil(args.input_size / stride)}^2"
+        size = model.input_size or args.input_size
+        stages = " | ".join(f"{channels}x{math.ceil(size / stride)}^2"
                             for channels, stride in model.feature_info)
         say(f"{role}: {' '.join(words)}, weights {weights}, {model.num_parameters:,} parameters, "
             f"stages {stages}")
@@ -379,7 +390,7 @@ def describe_run(args: argparse.Namespace, parts: Parts, folder: Path, resumed: 
                                   if resumed else ""))
 
 
-def train(args: argparse.Namespace, parts: Parts, schedule: Callable, folder: Path,
+def train(args: argparse.Namespace, parts: Parts, schedule: Callable, folder: Path, *,
           log: RunLog, stop: distributed.StopRequest) -> int:
     """All remaining epochs; the exit code."""
     state = parts.state
@@ -405,6 +416,8 @@ def train(args: argparse.Namespace, parts: Parts, schedule: Callable, folder: Pa
             say(f"stopped on request at update {state.step:,}; everything is in {folder}. The same "
                 "command continues it.")
             return 143
+        for network in state.networks().values():
+            distributed.broadcast_buffers(network)  # what is evaluated is what is saved
         save(args, state, folder, [LAST])  # whatever the evaluation may meet, the epoch is kept
         record = finish_epoch(args, parts, means, reference)
         record["train_lr"] = schedule(state.step - 1)["lr"]
@@ -436,10 +449,7 @@ def finish_epoch(args: argparse.Namespace, parts: Parts, means: dict[str, float]
     state = parts.state
     speed = means.pop("images_per_second")
     record = {"epoch": state.epoch, **{f"train_{name}": value for name, value in means.items()}}
-    networks = {"": state.distiller.student}
-    if state.ema is not None:
-        networks["_ema"] = state.ema.model
-    for suffix, network in networks.items():
+    for suffix, network in state.networks().items():
         result = engine.evaluate(network, parts.val, options=parts.options, reference=reference)
         record |= {f"test_loss{suffix}": result.loss, f"test_acc1{suffix}": result.acc1,
                    f"test_acc5{suffix}": result.acc5}
@@ -450,12 +460,15 @@ def finish_epoch(args: argparse.Namespace, parts: Parts, means: dict[str, float]
         state.best[best] = max(result.acc1, state.best[best])
     record["n_parameters"] = state.distiller.student.num_parameters
     record["images_per_second"] = speed
+    if args.skip_bad_images:
+        bad = torch.tensor([float(len(loader.bad)) for loader in (parts.train, parts.val)])
+        record["skipped_train"], record["skipped_test"] = distributed.sum_over_ranks(bad).tolist()
     record["peak_memory_gib"] = peak_memory_gib(parts.options.device)
     state.epoch += 1
     shown = ", ".join(f"{key.removeprefix('test_')} {record[key]:.2f}" for key in record
                       if key.startswith(("test_acc1", "agreement")))
-    say(f"epoch {record['epoch']}: train loss {record['train_loss']:.3f}, {shown}, "
-        f"{speed:.0f} images/s")
+    say(f"epoch {record['epoch']}: train loss {record['train_loss']:.3f}, {shown}"
+        + (f", {speed:.0f} images/s" if speed else ""))
     return record
 
 
@@ -474,8 +487,7 @@ def save(args: argparse.Namespace, state: engine.TrainState, folder: Path,
     """Write the whole state to each of `names`. Called by all processes; the first one writes."""
     content = state.state_dict()
     if distributed.is_main():
-        content |= {"args": config.plain(args),
-                    "git": checkpoint.git_revision(Path(__file__).parent)}
+        content |= {"args": config.plain(args), "git": args.git}
         for name in names:
             checkpoint.save_atomically(content, folder / name)
         checkpoint.keep_last(folder, "checkpoint-[0-9]*.pth", args.save_num)

@@ -4,6 +4,7 @@
 """
 import argparse
 import json
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -13,14 +14,12 @@ import yaml
 
 from utils.config import Parser
 from utils.errors import UserError
+from utils.run_folder import FREE_ON_RESUME
 
 # What may differ between runs of one row: the seed, and where and how they ran.
-NOT_COMPARED = {"seed", "output_dir", "config", "device", "num_workers", "data_path", "resume",
-                "auto_resume", "print_every", "save_freq", "save_num", "save_every_steps",
-                "tensorboard", "compile", "channels_last", "batch_size", "accum_steps",
-                "world_size", "skip_bad_images", "teacher_weights"}
+NOT_COMPARED = FREE_ON_RESUME - {"student_weights"} | {"seed"}
 # What may also differ between a distilled run and the supervised one its gain is measured against.
-TEACHING = {"teacher", "loss"}
+TEACHING = {"teacher", "teacher_weights", "loss"}
 
 
 class Run(NamedTuple):
@@ -31,24 +30,41 @@ class Run(NamedTuple):
 
 
 def read_run(folder: Path) -> Run:
-    """A run folder's settings and its last line of log.txt."""
+    """A run folder's settings and its last line of log.txt; UserError where there is none."""
     try:
         args = yaml.safe_load((folder / "args.yaml").read_text())
         records = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
-    except FileNotFoundError as error:
-        raise UserError(f"{folder} is not a run folder with a finished epoch: "
-                        f"{Path(error.filename).name} is missing.") from None
+    except OSError as error:
+        raise UserError(f"{folder} (no run with a finished epoch: {Path(error.filename).name} is "
+                        "missing)") from None
     if not records:
-        raise UserError(f"{folder} is not a run folder with a finished epoch: log.txt is empty.")
+        raise UserError(f"{folder} (no finished epoch)")
     last = records[-1]
     return Run(folder, args, last.get("test_acc1_ema", last["test_acc1"]), last["epoch"] + 1)
 
 
-def group_key(args: dict[str, Any], left_out: set[str]) -> str:
-    return json.dumps({name: value for name, value in args.items() if name not in left_out})
+def group_key(args: dict[str, Any], left_out: frozenset[str]) -> str:
+    """The settings as text, but for some. Each seed may have the teacher of its own seed."""
+    kept = {name: value for name, value in args.items() if name not in left_out}
+    if "teacher_weights" in kept:
+        kept["teacher_weights"] = re.sub(r"-seed\d+", "", kept["teacher_weights"])
+    return json.dumps(kept)
 
 
-def table(runs: list[Run]) -> str:
+def read_runs(folders: list[Path]) -> tuple[list[Run], list[str]]:
+    """The runs, and what is none with the reason. Raises UserError when nothing is left."""
+    runs, left_out = [], []
+    for folder in folders:
+        try:
+            runs.append(read_run(folder))
+        except UserError as error:
+            left_out.append(str(error))
+    if not runs:
+        raise UserError(f"nothing to report on: {'; '.join(left_out)}.")
+    return runs, left_out
+
+
+def table(runs: list[Run], unreadable: list[str]) -> str:
     """A Markdown table, one row per setting, and the runs that are left out with the reason."""
     groups, left_out = group_runs(runs)
     supervised = {group_key(group[0].args, NOT_COMPARED | TEACHING): mean(group)
@@ -66,7 +82,7 @@ def table(runs: list[Run]) -> str:
                     f"{args['epochs']} | {len(group)} | {spread(group)} | {gain} |")
     notes = ["", "top-1: last epoch, mean +- sample standard deviation over n seeds. Direct gain: "
              "points over the supervised run with the same student, recipe and epochs."]
-    return "\n".join(rows + notes + [f"left out: {reason}" for reason in left_out])
+    return "\n".join(rows + notes + [f"left out: {reason}" for reason in unreadable + left_out])
 
 
 def group_runs(runs: list[Run]) -> tuple[list[list[Run]], list[str]]:
@@ -100,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", type=Path, help="run folders")
     try:
         args: argparse.Namespace = parser.parse(sys.argv[1:] if argv is None else argv)
-        print(table([read_run(folder) for folder in args.runs]))
+        print(table(*read_runs(args.runs)))
     except UserError as error:
         print(f"analysis.report: error: {error}", file=sys.stderr)
         return 2

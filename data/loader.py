@@ -1,5 +1,4 @@
 """Batches for training and for evaluation, each sample's randomness a function of its key."""
-import os
 import signal
 from collections.abc import Callable, Iterator
 
@@ -9,9 +8,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data.datasets import ImageSource
-from utils.distributed import rank, world_size
+from utils.distributed import num_cores, rank, world_size
 from utils.errors import UserError
-from utils.log import say
+from utils.log import say_from_anywhere
 from utils.rng import generator, seeded
 
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
@@ -92,10 +91,10 @@ class Loader:
                  skip_bad_images: bool = False, pin_memory: bool = False) -> None:
         self.samples, self.keys, self.skip_bad_images = samples, keys, skip_bad_images
         self.bad: set[int] = set()
-        num_workers = min(num_workers, os.cpu_count() or 1)
-        extra = {"persistent_workers": True, "prefetch_factor": 4} if num_workers else {}
+        num_workers = min(num_workers, num_cores())
+        extra = {"persistent_workers": True} if num_workers else {}
         self.loader = DataLoader(samples, batch_sampler=keys, num_workers=num_workers,
-                                 pin_memory=pin_memory, worker_init_fn=_ignore_interrupt, **extra)
+                                 pin_memory=pin_memory, worker_init_fn=_ignore_signals, **extra)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -131,12 +130,14 @@ class Loader:
         message = f"cannot read the picture {source.name_of(index)} ({reason})"
         if not self.skip_bad_images:
             raise UserError(f"{message}. Repair or remove it, or pass --skip-bad-images.")
-        say(f"{message}; skipped, {len(self.bad)} so far")
+        say_from_anywhere(f"{message}; skipped, {len(self.bad)} so far")
 
 
-def _ignore_interrupt(worker: int) -> None:
-    """Ctrl-C reaches the whole process group; the main process decides when workers end."""
+def _ignore_signals(worker: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM reach the whole process group; the main process, which saves
+    first, decides when workers end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def train_loader(source: ImageSource, transform: Callable, *, batch_size: int, num_batches: int,

@@ -8,6 +8,7 @@ from models.base import FeatureInfo, ModelOutput
 from utils.errors import UserError
 from utils.registry import Registry, parse_spec
 
+Stages = tuple[FeatureInfo, ...]  # what a network declares of its maps
 LOSSES = Registry("loss", home="losses/__init__.py")
 register_loss = LOSSES.register
 

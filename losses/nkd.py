@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from losses.base import Loss, check_positive, hard_labels, register_loss
+from losses.base import Loss, Stages, check_positive, hard_labels, register_loss
 from models.base import ModelOutput
 from utils.errors import UserError
 
@@ -19,7 +19,7 @@ class NormalizedKnowledgeDistillation(Loss):
     gamma = 1 as in the published distillation runs; the NKD paper uses 1.5.
     """
 
-    def __init__(self, student_info, teacher_info, temperature: float = 1.0,
+    def __init__(self, student_info: Stages, teacher_info: Stages | None, temperature: float = 1.0,
                  gamma: float = 1.0) -> None:
         super().__init__()
         check_positive("nkd temperature", temperature)

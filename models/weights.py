@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from utils.checkpoint import load_file
-from utils.distributed import barrier, is_main
+from utils.distributed import barrier, is_first_here
 from utils.errors import UserError
+from utils.log import say
 
 # Containers that published files keep their weights in, in the order they are looked for.
 CONTAINERS = ("model", "state_dict", "model_ema", "state_dict_ema")
@@ -52,12 +53,12 @@ PUBLISHED = {
 def fetch_weights(model: nn.Module, name: str, source: str, flag: str,
                   key: str | None = None) -> None:
     """Load what `flag` names into `model`, registered as `name`: a path, an address, `published`,
-    or `random`, which leaves it as it is. One process downloads."""
+    or `random`, which leaves it as it is. One process of a machine downloads."""
     if source == "random":
         return
     try:
         address = published_source(name) if source == "published" else source
-        if is_main():
+        if is_first_here():
             local_file(address)
         barrier()
         load_weights(model, address, key)
@@ -74,10 +75,11 @@ def published_source(model_name: str) -> str:
 
 
 def load_weights(model: nn.Module, source: str | Path, key: str | None = None) -> None:
-    """Load a file or an address strictly into `model`.
+    """Load a file or an address strictly into `model`, and say which of its weights.
 
     `key` names the container to take (`model`, `model_ema`, ...); by default the first that is
-    there. Raises UserError with what is missing, unexpected or of another shape.
+    there, but the average from a checkpoint-best-ema.pth, which was chosen for it.
+    Raises UserError with what is missing, unexpected or of another shape.
     """
     state = read_state_dict(local_file(source), key)
     state = {name: value for name, value in state.items() if not name.endswith(COMPUTED)}
@@ -98,7 +100,11 @@ def read_state_dict(path: Path, key: str | None = None) -> dict[str, Tensor]:
     if key is not None and key not in containers:
         raise UserError(f"{path} has no weights under {key!r}; it has "
                         f"{', '.join(containers) or 'a bare state dict'}.")
-    state = content[key or containers[0]] if containers else content
+    if key is None and containers:
+        is_for_average = path.name.endswith("-best-ema.pth") and "model_ema" in containers
+        key = "model_ema" if is_for_average else containers[0]
+    say(f"weights: {path}" + (f", {key}" if key else ""))
+    state = content[key] if key else content
     state = {name: value for name, value in state.items()
              if isinstance(name, str) and isinstance(value, Tensor)}
     if not state:

@@ -26,7 +26,8 @@ train() {
 }
 
 train --teacher none --student "${TEACHER[@]}" --epochs $TEACHER_EPOCHS "$@"
-teacher_folder=$(ls -d "$RUNS"/none-slak_nano*-"$TEACHER_EPOCHS"ep)
+teacher_folder=$RUNS/$("$PYTHON" -c 'import sys; from utils.run_folder import run_name
+print(run_name(["none"], sys.argv[2:], [["ce"]], int(sys.argv[1]), 0))' "$TEACHER_EPOCHS" "${TEACHER[@]}")
 for seed in $SEEDS; do
     train --teacher none --student "${STUDENT[@]}" --epochs $EPOCHS --seed "$seed" "$@"
     train --teacher "${TEACHER[@]}" --teacher-weights "$teacher_folder/checkpoint-last.pth" \

@@ -7,6 +7,13 @@
 #
 # The environment is left alone as long as the requirement files have not changed.
 
+# Paths are the caller's, whose folder is left here.
+for name in DATA RUNS TEACHER_WEIGHTS L2S_PYTHON L2S_VENV; do
+    value=${!name:-}
+    if [[ "$value" != /* && "$value" != *://* && ( "$value" == */* || -e "$value" ) ]]; then
+        export "$name=$PWD/$value"
+    fi
+done
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 requirements=${1:-requirements.txt}
 
@@ -40,19 +47,22 @@ PY
 else
     venv=${L2S_VENV:-.venv}
     PYTHON=$venv/bin/python
-    stamp=$venv/.installed-$(basename "$requirements")
     wanted=$(cat requirements*.txt | sha256sum)
-    if [[ ! -x "$PYTHON" || "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]]; then
+    is_installed() { [[ "$(cat "$venv/.installed-$1" 2>/dev/null)" == "$wanted" ]]; }
+    # What the tests need includes what the programs need.
+    if [[ ! -x "$PYTHON" ]] || ! { is_installed "$(basename "$requirements")" ||
+            { [[ "$requirements" == requirements.txt ]] && is_installed requirements-dev.txt; }; }
+    then
         echo "setup: installing $requirements into $venv (once; PyTorch is several gigabytes)"
         python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
             echo "setup: Python 3.10 or newer is needed; python3 is $(python3 --version)." >&2
             exit 2
         }
-        [[ -x "$PYTHON" ]] || python3 -m venv "$venv" || {
+        "$PYTHON" -m pip --version >/dev/null 2>&1 || python3 -m venv "$venv" || {
             echo "setup: python3 -m venv failed; on Debian install the package python3-venv." >&2
             exit 2
         }
         "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$requirements"
-        echo "$wanted" > "$stamp"
+        echo "$wanted" > "$venv/.installed-$(basename "$requirements")"
     fi
 fi

@@ -1,9 +1,12 @@
 """One thread for every test, and the folder of small reference figures."""
+import os
 from pathlib import Path
 
-import numpy as np
-import pytest
-import torch
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: the tests are the CPU's
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 FIXTURES = Path(__file__).parent / "fixtures"
 

@@ -53,7 +53,12 @@ def test_averaged_weights_count_where_they_were_kept(tmp_path, capsys):
 
 @pytest.mark.parametrize("missing", ["args.yaml", "log.txt"])
 def test_what_is_no_run_is_said_so(tmp_path, capsys, missing):
-    run = write_run(tmp_path / "a", 60.0)
+    runs = [write_run(tmp_path / "a", 60.0), write_run(tmp_path / "b", 70.0)]
     (tmp_path / "a" / missing).unlink()
-    assert main([run]) == 2
-    assert f"{missing} is missing" in capsys.readouterr().err
+    assert main(runs) == 0
+    text = "\n".join(rows(capsys))
+    assert f"left out: {runs[0]} (no run with a finished epoch: {missing} is missing)" in text
+    assert "| 3 | 1 | 70.00 | - |" in text
+    (tmp_path / "file").touch()
+    assert main([runs[0], str(tmp_path / "file")]) == 2
+    assert "nothing to report on" in capsys.readouterr().err

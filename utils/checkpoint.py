@@ -12,6 +12,9 @@ import torch
 
 from utils.errors import UserError, one_line
 
+# What torch's zip writer says, as a RuntimeError, when the disk is full.
+WRITER_FAILED = ("PytorchStreamWriter", "inline_container", "unexpected pos")
+
 
 def write_atomically(write: Callable[[BinaryIO], None], path: Path) -> None:
     """Let `write` fill a file beside `path`, flush it to the disk, then rename: a kill or a full
@@ -23,7 +26,10 @@ def write_atomically(write: Callable[[BinaryIO], None], path: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into the latter
+    except (OSError, RuntimeError) as error:
+        is_full = any(word in str(error) for word in WRITER_FAILED)
+        if isinstance(error, RuntimeError) and not is_full:
+            raise
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         kept = " The one there is kept." if path.exists() else ""

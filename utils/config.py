@@ -1,11 +1,13 @@
 """Command lines: recipes set defaults, the command line wins, unknown words are errors."""
 import argparse
+import shlex
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 
+from utils.checkpoint import write_text_atomically
 from utils.errors import UserError
 from utils.registry import did_you_mean
 
@@ -125,6 +127,6 @@ def plain(args: argparse.Namespace) -> dict[str, Any]:
 
 def write_run_files(folder: Path, args: argparse.Namespace) -> None:
     """args.yaml with every resolved value, and command.txt with one line per start."""
-    (folder / "args.yaml").write_text(yaml.safe_dump(plain(args), sort_keys=True))
+    write_text_atomically(yaml.safe_dump(plain(args), sort_keys=True), folder / "args.yaml")
     with open(folder / "command.txt", "a") as file:
-        file.write(" ".join(["python", *sys.argv]) + "\n")
+        file.write(f"{shlex.join(sys.argv)}  # {args.world_size} process(es), git {args.git}\n")

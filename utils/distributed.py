@@ -2,10 +2,11 @@
 import os
 import signal
 import sys
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from utils.errors import UserError
 
@@ -21,7 +22,11 @@ def setup(device: str) -> torch.device:
         raise UserError("--device cuda: PyTorch sees no CUDA device here. Use --device cpu.")
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if device == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"{local_rank + 1} or more processes on this machine, but "
+                            f"{torch.cuda.device_count()} CUDA device(s). Lower --nproc_per_node.")
         torch.cuda.set_device(local_rank)
+        torch.backends.cudnn.benchmark = True
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         dist.init_process_group(backend)
@@ -33,10 +38,34 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
-def report_error(program: str, error: Exception) -> None:
-    """The sentence on standard error, with the process it comes from when there are many."""
-    who = f" (process {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-    print(f"{program}: error{who}: {error}", file=sys.stderr, flush=True)
+def run_program(program: str, run: Callable[[], int]) -> int:
+    """The exit code of `run`; an error that is the user's to mend becomes one sentence and 2."""
+    many = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    who = f"{program} (process {os.environ['RANK']})" if many else program
+    try:
+        code = run()
+    except UserError as error:
+        message, code = f"error: {error}", 2
+    except torch.OutOfMemoryError as error:
+        message, code = (f"error: the GPU's memory is full ({str(error).splitlines()[0]}). Lower "
+                         "--batch-size; the effective batch can stay."), 2
+    except KeyboardInterrupt:
+        message, code = "interrupted; what was saved before is kept.", 130
+    except RuntimeError as error:
+        if not is_lost_peer(error):
+            raise
+        message, code = "error: another process ended; its own message says why.", 2
+    else:
+        shutdown()
+        return code
+    print(f"{who}: {message}", file=sys.stderr, flush=True)
+    return code
+
+
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed because another process ended, whose own message says why."""
+    return world_size() > 1 and any(text in str(error) for text in (
+        "Connection closed by peer", "Connection reset by peer", "remote process exited"))
 
 
 def rank() -> int:
@@ -51,6 +80,18 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def is_first_here() -> bool:
+    """Whether this is the first process of its machine."""
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0
+
+
+def num_cores() -> int:
+    """Processor cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def barrier() -> None:
     if dist.is_initialized():
         dist.all_reduce(torch.zeros(1))  # on the CPU; NCCL's own barrier would need a device
@@ -61,6 +102,14 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
+
+
+def broadcast_buffers(module: nn.Module) -> None:
+    """Give every process the first one's buffers: BatchNorm's statistics, where it is not
+    synchronised."""
+    if dist.is_initialized():
+        for buffer in module.buffers():
+            dist.broadcast(buffer, 0)
 
 
 def gather_objects(value: object) -> list:

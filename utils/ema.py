@@ -33,10 +33,3 @@ class ModelEma:
         torch._foreach_mul_(averages, decay)
         torch._foreach_add_(averages, values, alpha=1 - decay)
         self.num_updates += 1
-
-    def state_dict(self) -> dict:
-        return {"model": self.model.state_dict(), "num_updates": self.num_updates}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.model.load_state_dict(state["model"])
-        self.num_updates = state["num_updates"]

@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from utils.checkpoint import write_text_atomically
-from utils.distributed import is_main
+from utils.distributed import is_main, rank, world_size
 from utils.errors import UserError
 
 
@@ -18,6 +18,11 @@ def say(message: str) -> None:
     if is_main():
         tqdm.write(message, file=sys.stdout)
         sys.stdout.flush()
+
+
+def say_from_anywhere(message: str) -> None:
+    """Print whichever process it is, with its number when there are many."""
+    tqdm.write(f"process {rank()}: {message}" if world_size() > 1 else message, file=sys.stderr)
 
 
 def progress(description: str, total: int, *, initial: int = 0, unit: str = "batch") -> tqdm:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.checkpoint import describe_changes, load_file
+from utils.distributed import gather_objects
 from utils.errors import UserError
 
 LAST = "checkpoint-last.pth"
@@ -13,7 +14,8 @@ LAST = "checkpoint-last.pth"
 FREE_ON_RESUME = frozenset({
     "config", "output_dir", "resume", "auto_resume", "device", "num_workers", "print_every",
     "save_freq", "save_num", "save_every_steps", "tensorboard", "skip_bad_images", "data_path",
-    "student_weights", "compile", "channels_last", "batch_size", "accum_steps", "world_size"})
+    "student_weights", "compile", "channels_last", "batch_size", "accum_steps", "world_size",
+    "git"})
 
 
 def run_name(teacher: list[str], student: list[str], losses: list[list[str]], epochs: int,
@@ -32,18 +34,19 @@ def run_name(teacher: list[str], student: list[str], losses: list[list[str]], ep
 # --teacher-weights has no part in it. Nothing already in the folder is ever overwritten by a run
 # that does not continue it.
 def find_checkpoint(folder: Path, resume: Path | None, auto_resume: bool,
-                    settings: dict[str, Any]) -> tuple[Path, dict[str, Any]] | None:
+                    settings: dict[str, Any], defaults: dict[str, Any]
+                    ) -> tuple[Path, dict[str, Any]] | None:
     """The file to continue and its content, checked against this start's `settings`; None for a
-    new run."""
+    new run. A setting that the file does not know had its default."""
     last = folder / LAST
+    remains = sorted(path.name for path in folder.glob("*")
+                     if path.suffix == ".pth" or path.name == "log.txt")
     if resume is not None:
-        if last.exists() and resume.resolve().parent != folder.resolve():
+        if remains and resume.resolve().parent != folder.resolve():
             raise UserError(f"{folder} holds another run, which --resume {resume} would overwrite. "
                             "Set another --output-dir.")
         path = resume
     elif not last.exists():
-        remains = sorted(path.name for path in folder.glob("*") if path.suffix == ".pth"
-                         or path.name == "log.txt")
         if remains:
             raise UserError(f"{folder} holds {', '.join(remains)} of another run but no {LAST}. "
                             "Continue one with --resume, or set another --output-dir.")
@@ -61,8 +64,16 @@ def find_checkpoint(folder: Path, resume: Path | None, auto_resume: bool,
     if "optimizer" not in saved or not isinstance(saved.get("args"), dict):
         raise UserError(f"{path} is not a checkpoint of this program's training. Weights alone are "
                         "loaded with --student-weights.")
-    changes = describe_changes(saved["args"], settings, FREE_ON_RESUME)
+    changes = describe_changes({**defaults, **saved["args"]}, settings, FREE_ON_RESUME)
     if changes:
         raise UserError(f"{path} is from a run with other settings ({'; '.join(changes)}). Repeat "
                         "its settings to continue it, or set another --output-dir.")
     return path, saved
+
+
+def check_same_start(saved: tuple[Path, dict] | None, folder: Path) -> None:
+    """All processes continue the same update, or all start afresh."""
+    steps = gather_objects(saved[1]["step"] if saved else None)
+    if len(set(steps)) > 1:
+        raise UserError(f"the processes do not see the same checkpoint in {folder} (updates "
+                        f"{steps}). --output-dir must be on storage that all machines share.")
