@@ -17,7 +17,7 @@ SPLITS = ("train", "val")
 # All lengths are pixels of a 64-pixel image; other sizes scale them.
 REFERENCE_SIZE = 64
 PERIMETER = (115.0, 155.0)
-SPACING = (10.5, 13.0)  # between neighbouring dots along the outline
+SPACING = (9.5, 12.0)  # between neighbouring dots along the outline
 RADIUS = (1.3, 1.9)  # one per image
 JITTER = 0.5  # standard deviation of a dot's place around the outline
 MARGIN = 3.0  # no dot's centre is nearer to the border

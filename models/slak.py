@@ -96,8 +96,8 @@ class FoldedLargeKernel(nn.Module):
         return sum(conv(x) for conv in self.convs)
 
 
-# The pair of the quickstart: one network, and the same with 3x3 kernels only.
-@register_model("slak_pico", depths=(1, 1), dims=(48, 96), kernel_size=(15, 7, 3),
+# The pair of the quickstart: a large-kernel network of two stages, and one with 3x3 kernels only.
+@register_model("slak_pico", depths=(1, 2), dims=(48, 96), kernel_size=(15, 7, 3),
                 width_factor=1.0, layer_scale_init=0.0)
 @register_model("convnext_bn_pico", depths=(1, 1), dims=(48, 96), kernel_size=(3, 3, 100),
                 width_factor=1.0, decomposed=False, layer_scale_init=0.0)
