@@ -7,6 +7,7 @@
 import argparse
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +77,8 @@ def run(args: argparse.Namespace) -> int:
                               num_workers=args.num_workers, skip_bad_images=args.skip_bad_images,
                               pin_memory=device.type == "cuda")
     start = time.perf_counter()
-    result = engine.evaluate(model, loader, options=options)
+    with closing(loader):
+        result = engine.evaluate(model, loader, options=options)
     seconds = time.perf_counter() - start
     say(report(result, {
         "parameters": f"{num_parameters:,}", "multiply-accumulates": f"{macs / 1e9:.3f} G",

@@ -9,6 +9,7 @@ import argparse
 import math
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -168,7 +169,7 @@ def run(args: argparse.Namespace) -> int:
     try_one_batch(args, parts)
     log = start_folder(args, folder)
     describe_run(args, parts, folder, is_resumed)
-    with distributed.StopRequest() as stop:
+    with closing(parts.train), closing(parts.val), distributed.StopRequest() as stop:
         return train(args, parts, schedule, folder, log=log, stop=stop)
 
 

@@ -94,7 +94,7 @@ class Loader:
         num_workers = min(num_workers, num_cores())
         extra = {"persistent_workers": True} if num_workers else {}
         self.loader = DataLoader(samples, batch_sampler=keys, num_workers=num_workers,
-                                 pin_memory=pin_memory, worker_init_fn=_ignore_signals, **extra)
+                                 pin_memory=pin_memory, worker_init_fn=_outlive_signals, **extra)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -117,6 +117,12 @@ class Loader:
         except UserError as error:  # from a worker it comes wrapped in the worker's traceback
             raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
 
+    def close(self) -> None:
+        """End the worker processes."""
+        if self.loader._iterator is not None:  # what keeps persistent workers, hence the underscore
+            self.loader._iterator._shutdown_workers()
+            self.loader._iterator = None
+
     def _note_bad(self, index: int) -> None:
         if index in self.bad:
             return
@@ -133,11 +139,11 @@ class Loader:
         say_from_anywhere(f"{message}; skipped, {len(self.bad)} so far")
 
 
-def _ignore_signals(worker: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach the whole process group; the main process, which saves
-    first, decides when workers end."""
+def _outlive_signals(worker: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM reach the whole process group, but the main process needs
+    its workers until it has saved. It ends them; come what may, they end a minute later."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(60))
 
 
 def train_loader(source: ImageSource, transform: Callable, *, batch_size: int, num_batches: int,

@@ -412,7 +412,7 @@ def test_skipped_pictures_are_named_once_and_not_counted(workers, runner):
         spoil(root / "val" / name, how)
     words = ["--skip-bad-images", "--num-workers", str(workers)]
     assert runner.train(*FOLDER, *words, "--output-dir", "runs") == 0
-    printed = runner.capsys.readouterr().out
+    printed = runner.capsys.readouterr().err
     for split in ("train", "val"):
         for name in SPOILT.values():
             assert printed.count(f"cannot read the picture pictures/{split}/{name}") == 1
@@ -430,6 +430,7 @@ def test_skipped_pictures_are_named_once_and_not_counted(workers, runner):
     assert f"{accuracy:.2f} %" in printed and accuracy > 0
     last = json.loads((run / "log.txt").read_text().splitlines()[-1])
     assert last["test_acc1"] == pytest.approx(accuracy)
+    assert last["skipped_train"] == last["skipped_test"] == 3
 
 
 @pytest.mark.parametrize("words", [[], ["--skip-bad-images"]])

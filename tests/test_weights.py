@@ -14,6 +14,7 @@ from models import create_model, list_models
 from models.weights import (
     PUBLISHED,
     describe_difference,
+    fetch_weights,
     load_weights,
     local_file,
     published_source,
@@ -371,3 +372,27 @@ def test_a_path_is_itself_and_downloads_nothing(serve, tmp_path):
     assert local_file(tmp_path / "a.pth") == tmp_path / "a.pth"
     assert local_file("some/download") == Path("some/download")
     assert downloads.calls == []
+
+
+def test_the_best_average_is_read_as_the_average(tmp_path, capsys):
+    raw, average = create_model("resnet_nano", 10), create_model("resnet_nano", 10)
+    content = {"model": raw.state_dict(), "model_ema": average.state_dict()}
+    expected = {"checkpoint-best.pth": raw, "checkpoint-best-ema.pth": average}
+    for name, network in expected.items():
+        torch.save(content, tmp_path / name)
+        model = create_model("resnet_nano", 10)
+        load_weights(model, tmp_path / name)
+        assert torch.equal(model.fc.weight, network.fc.weight)
+        assert name in capsys.readouterr().out
+    load_weights(model, tmp_path / "checkpoint-best-ema.pth", "model")
+    assert torch.equal(model.fc.weight, raw.fc.weight)
+
+
+def test_a_teacher_may_have_its_average_taken(tmp_path):
+    raw, average = create_model("resnet_nano", 10), create_model("resnet_nano", 10)
+    torch.save({"model": raw.state_dict(), "model_ema": average.state_dict()}, tmp_path / "t.pth")
+    model = create_model("resnet_nano", 10)
+    fetch_weights(model, "resnet_nano", str(tmp_path / "t.pth"), "--teacher-weights", "model_ema")
+    assert torch.equal(model.fc.weight, average.fc.weight)
+    with pytest.raises(UserError, match="--teacher-weights: .*no weights under 'ema'.*model_ema"):
+        fetch_weights(model, "resnet_nano", str(tmp_path / "t.pth"), "--teacher-weights", "ema")
