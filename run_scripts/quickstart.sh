@@ -19,7 +19,7 @@ SEEDS=${SEEDS:-0}
 TEACHER=slak_pico
 STUDENT=convnext_bn_pico
 LOSS=(--loss nkd)
-EPOCHS=${EPOCHS:-7}
+EPOCHS=${EPOCHS:-5}
 
 train() {
     "$PYTHON" train_kd.py --config run_scripts/recipes/outlines.yaml --epochs $EPOCHS \

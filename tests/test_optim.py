@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from losses import create_loss
-from models import create_model, list_models
+from models import VisionModel, create_model, list_models
 from models.distiller import Distiller
 from tests.helpers import micro_slak, read_json
 from utils.ema import ModelEma
@@ -14,7 +14,8 @@ from utils.optim import build_adamw, cosine_schedule, parameter_groups, set_hype
 
 FIGURES = read_json("schedules")
 NANO = [name for name in list_models() if name.endswith("_nano")]
-REFUSING = ["swin_nano", "vit_nano"]  # those without layer ids
+REFUSING = [name for name in NANO
+            if type(create_model(name, 10)).layer_ids is VisionModel.layer_ids]
 STEPS_PER_EPOCH = 312  # 1,281,167 images at batch 4096
 
 # Schedules
