@@ -26,18 +26,19 @@ class Meter:
     """Means of scalars over an epoch, their sums kept on the device until asked for."""
 
     def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}  # float64: a resume must not change an epoch's mean
-        self.counts: dict[str, int] = {}
+        # float64: a resume must not change an epoch's mean.
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, Tensor] = {}
         self.failed_at: dict[str, Tensor] = {}  # first update with a NaN or infinity, else inf
 
     def add(self, values: dict[str, Tensor], step: int) -> None:
-        """Add a value each. One that is not finite adds nothing, and its step is remembered."""
+        """Count a value each, unless it is not finite: then its step is remembered."""
         for name, value in values.items():
             value = value.detach().double()
             is_good = value.isfinite()
             failed_at = torch.where(is_good, math.inf, float(step))
             self.sums[name] = self.sums.get(name, 0) + torch.where(is_good, value, 0)
-            self.counts[name] = self.counts.get(name, 0) + 1
+            self.counts[name] = self.counts.get(name, 0) + is_good.double()
             self.failed_at[name] = torch.minimum(self.failed_at.get(name, failed_at), failed_at)
 
     def failures(self) -> list[tuple[float, str]]:
@@ -50,23 +51,25 @@ class Meter:
         return sorted(everywhere, key=lambda failure: failure[0])  # stable: terms before the total
 
     def means(self) -> dict[str, float]:
-        """Averages over the epoch so far and all processes. Waits for the device."""
-        return {name: total / self.counts[name] for name, total in self._global_sums().items()}
+        """Averages of the finite values of the epoch so far and all processes; NaN where there
+        were none. Waits for the device."""
+        sums, counts = self._global(self.sums), self._global(self.counts)
+        return {name: sums[name] / counts[name] if counts[name] else math.nan for name in sums}
 
-    def _global_sums(self) -> dict[str, float]:
-        """Sums averaged over the processes; called by all of them."""
-        if not self.sums:
+    def _global(self, values: dict[str, Tensor]) -> dict[str, float]:
+        """Averaged over the processes; called by all of them."""
+        if not values:
             return {}
-        sums = torch.stack([value.cpu() for value in self.sums.values()])
-        return dict(zip(self.sums, (sum_over_ranks(sums) / world_size()).tolist()))
+        stacked = torch.stack([value.cpu() for value in values.values()])
+        return dict(zip(values, (sum_over_ranks(stacked) / world_size()).tolist()))
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"sums": self._global_sums(), "counts": dict(self.counts)}
+    def state_dict(self) -> dict[str, dict[str, float]]:
+        return {"sums": self._global(self.sums), "counts": self._global(self.counts)}
 
-    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        self.sums = {name: torch.tensor(value, dtype=torch.float64, device=device)
-                     for name, value in state["sums"].items()}
-        self.counts = dict(state["counts"])
+    def load_state_dict(self, state: dict[str, dict[str, float]], device: torch.device) -> None:
+        for name in ("sums", "counts"):
+            setattr(self, name, {key: torch.tensor(value, dtype=torch.float64, device=device)
+                                 for key, value in state[name].items()})
 
 
 @dataclass
@@ -218,13 +221,13 @@ def checked_means(state: TrainState) -> dict[str, float]:
     failures = state.meter.failures()
     if failures:
         step, name = failures[0]
-        means |= dict.fromkeys((name for _, name in failures), math.nan)
+        means |= {other: math.nan for at, other in failures if at == step}
         values = ", ".join(f"{key} {value:.4g}" for key, value in means.items())
         lr = max(group["lr"] for group in state.optimizer.param_groups)
         raise NonFiniteLoss(
             f"{'loss term ' * (name != 'grad_norm')}{name!r} became NaN or infinite at update "
-            f"{step:.0f}, noticed at update {state.step} (means of the epoch: {values}; lr "
-            f"{lr:.1e}, gradient scale "
+            f"{step:.0f}, noticed at update {state.step} (means of the epoch until then: {values}; "
+            f"lr {lr:.1e}, gradient scale "
             f"{state.scaler.get_scale():g}). The last checkpoint is from before it. Lower --lr, "
             "set --clip-grad, or try --amp none.")
     if state.scaler.is_enabled() and state.scaler.get_scale() < SMALLEST_SCALE:

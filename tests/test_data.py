@@ -213,7 +213,7 @@ def test_a_bad_picture_is_reported_once(workers, capsys):
     for _ in range(2):
         indices = torch.cat([batch[2] for batch in loader]).tolist()
         assert indices == [0, 1, -3, 3, 4, 5, 6, 7, -9]
-    printed = capsys.readouterr().out
+    printed = capsys.readouterr().err
     assert printed.count("cannot read the picture picture 2 (truncated); skipped, 1 so far") == 1
     assert printed.count("picture 8 (truncated); skipped, 2 so far") == 1
     assert printed.count("skipped") == 2

@@ -288,7 +288,8 @@ def test_a_restored_average_goes_on_as_if_never_stopped(warmup):
     for step in range(4):
         if step == 2:
             resumed = ModelEma(create_model("resnet_nano", 10), 0.99, warmup)
-            resumed.load_state_dict(running.state_dict())
+            resumed.model.load_state_dict(running.model.state_dict())
+            resumed.num_updates = running.num_updates
         set_values(model.fc, weight=torch.randn_like(model.fc.weight))
         running.update(model)
         if step >= 2:

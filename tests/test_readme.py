@@ -46,6 +46,7 @@ def test_the_commands_parse():
             for program, parser in (("train_kd.py", train_kd.build_parser()),
                                     ("eval.py", evaluation.build_parser())):
                 if program in words:
+                    words = words[:words.index("||")] if "||" in words else words
                     args = parser.parse(words[words.index(program) + 1:])
                     for name in ("teacher", "student", "model"):
                         spec = getattr(args, name, None)
