@@ -198,10 +198,8 @@ def accumulate_gradients(state: TrainState, batches: Iterator, teacher: nn.Modul
 def optimizer_update(state: TrainState, clip_grad: float | None) -> None:
     """Apply the accumulated gradients; the average follows the weights that the update made."""
     state.scaler.unscale_(state.optimizer)
-    parameters = [p for p in state.distiller.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in parameters])
-    if clip_grad is not None:
-        nn.utils.clip_grads_with_norm_(parameters, clip_grad, norm)
+    limit = math.inf if clip_grad is None else clip_grad
+    norm = nn.utils.clip_grad_norm_(state.distiller.parameters(), limit)  # the norm before clipping
     if state.scaler.is_enabled():
         # A float16 overflow makes the scaler skip the update: it counts as norm 0 in the mean.
         norm = torch.where(norm.isfinite(), norm, 0)
