@@ -17,7 +17,7 @@ from utils.errors import UserError
 from utils.run_folder import FREE_ON_RESUME
 
 # What may differ between runs of one row: the seed, and where and how they ran.
-NOT_COMPARED = FREE_ON_RESUME - {"student_weights"} | {"seed"}
+NOT_COMPARED = FREE_ON_RESUME - {"student_weights", "student_weights_key"} | {"seed"}
 # What may also differ between a distilled run and the supervised one its gain is measured against.
 TEACHING = {"teacher", "teacher_weights", "loss"}
 

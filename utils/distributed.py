@@ -30,7 +30,7 @@ def setup(device: str) -> torch.device:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         dist.init_process_group(backend)
-    return torch.device(device, local_rank if device == "cuda" else None)
+    return torch.device(f"cuda:{local_rank}" if device == "cuda" else "cpu")
 
 
 def shutdown() -> None:
