@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -72,6 +72,17 @@ class Meter:
                                  for key, value in state[name].items()})
 
 
+class SparseMask(Protocol):
+    """What the step asks of masks: models.sparsity has it."""
+
+    masks: dict[str, Tensor]  # of the student's parameters, by name
+
+    def step(self, step: int) -> None: ...
+    def figures(self) -> dict[str, float]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
 @dataclass
 class TrainState:
     """All that a run is: what a checkpoint saves and what it restores are this one list."""
@@ -81,6 +92,7 @@ class TrainState:
     scaler: torch.amp.GradScaler
     ema: ModelEma | None  # of the student
     wrapped: nn.Module  # the distiller, in DistributedDataParallel when there are many processes
+    sparsity: SparseMask | None = None  # the student's masks
     step: int = 0  # updates done
     epoch: int = 0  # epochs done, their evaluation included
     best: dict[str, float] = field(default_factory=dict)  # best_acc1, best_acc1_ema, percent
@@ -91,6 +103,10 @@ class TrainState:
         student = {"": self.distiller.student}
         return student if self.ema is None else {**student, "_ema": self.ema.model}
 
+    def figures(self) -> dict[str, float]:
+        """What the log shows beside the epoch's means."""
+        return self.sparsity.figures() if self.sparsity else {}
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "model": self.distiller.student.state_dict(),
@@ -99,6 +115,7 @@ class TrainState:
             "ema_updates": self.ema.num_updates if self.ema else 0,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "sparsity": self.sparsity.state_dict() if self.sparsity else None,
             "step": self.step,
             "epoch": self.epoch,
             "meter": self.meter.state_dict(),
@@ -113,6 +130,8 @@ class TrainState:
             self.ema.num_updates = state["ema_updates"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+        if self.sparsity:
+            self.sparsity.load_state_dict(state["sparsity"])
         self.step, self.epoch = state["step"], state["epoch"]
         self.meter.load_state_dict(state["meter"], next(self.distiller.parameters()).device)
         self.best = {name: state[name] for name in self.best if name in state}
@@ -163,7 +182,9 @@ def train_one_epoch(state: TrainState, loader: Any, teacher: nn.Module | None, m
             bar.update()
             if state.step % print_every == 0:
                 means = checked_means(state)
-                bar.set_postfix_str(f"loss {means['loss']:.3f}, lr {values['lr']:.1e}")
+                shown = "".join(f", {name.replace('_', ' ')} {value:.3f}"
+                                for name, value in state.figures().items())
+                bar.set_postfix_str(f"loss {means['loss']:.3f}, lr {values['lr']:.1e}{shown}")
             if after_update(state):
                 return None
     means = checked_means(state)
@@ -206,10 +227,12 @@ def optimizer_update(state: TrainState, clip_grad: float | None) -> None:
     state.meter.add({"grad_norm": norm}, state.step)
     state.scaler.step(state.optimizer)
     state.scaler.update()
+    state.step += 1
+    if state.sparsity is not None:
+        state.sparsity.step(state.step)  # while the gradients are there for it to look at
     state.optimizer.zero_grad(set_to_none=True)
     if state.ema is not None:
-        state.ema.update(state.distiller.student)
-    state.step += 1
+        state.ema.update(state.distiller.student, state.sparsity and state.sparsity.masks)
 
 
 def checked_means(state: TrainState) -> dict[str, float]:

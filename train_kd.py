@@ -22,16 +22,17 @@ import engine
 import losses
 import models
 from models.distiller import Distiller
+from models.sparse_init import INITS, LAYERS
+from models.sparsity import GROWTHS, SparseMask
 from models.teacher import FrozenTeacher
 from models.weights import fetch_weights
-from utils import checkpoint, config, distributed, optim
+from utils import checkpoint, config, distributed, optim, run_folder
 from utils.batch import settle_batch
 from utils.ema import ModelEma
-from utils.errors import UserError, one_line
+from utils.errors import UserError
 from utils.log import RunLog, peak_memory_gib, say, summary_writer_class
 from utils.registry import parse_spec
 from utils.rng import fold_seed
-from utils.run_folder import LAST, check_same_start, find_checkpoint, run_name
 
 
 def build_parser() -> config.Parser:
@@ -53,6 +54,7 @@ def build_parser() -> config.Parser:
                        + ", ".join(losses.list_losses()) + " (default: nkd; ce without a teacher)")
     _add_data_flags(parser)
     _add_optimisation_flags(parser)
+    _add_sparsity_flags(parser)
     _add_run_flags(parser)
     return parser
 
@@ -106,6 +108,18 @@ def _add_optimisation_flags(parser: config.Parser) -> None:
     flag("--seed", type=int, default=0, help="of everything random")
 
 
+def _add_sparsity_flags(parser: config.Parser) -> None:
+    group = parser.add_argument_group("sparse training of the student")
+    flag = group.add_argument
+    flag("--sparsity", type=float, default=0.0, help="share of the weights to mask, 0 = off")
+    flag("--sparse-init", choices=INITS, default="snip",
+         help="density of each layer; with snip-mask and weights the masks themselves")
+    flag("--sparse-layers", choices=LAYERS, default="all", help="which weights may be masked")
+    flag("--prune-rate", type=float, default=0.3, help="share of the live weights that moves first")
+    flag("--prune-every", type=int, default=100, help="updates between moves, 0 = static masks")
+    flag("--growth", choices=GROWTHS, default="random", help="where pruned weights move to")
+
+
 def _add_run_flags(parser: config.Parser) -> None:
     group = parser.add_argument_group("running, saving, resuming")
     flag = group.add_argument
@@ -157,16 +171,15 @@ def run(args: argparse.Namespace) -> int:
     args.num_classes, args.train_size = len(sources[0].classes), len(sources[0])
     resolve_batch(args)
     schedule = build_schedule(args)
-    folder = args.output_dir / run_name(args.teacher, args.student, args.loss, args.epochs,
-                                        args.seed)
-    saved = find_checkpoint(folder, args.resume, args.auto_resume, config.plain(args),
-                            defaults=config.plain(build_parser().parse([])))
-    check_same_start(saved, folder)
-    parts = build_parts(args, device, sources, load_student=saved is None)
+    folder = args.output_dir / run_folder.run_name(
+        args.teacher, args.student, args.loss, args.epochs, args.seed, args.sparsity)
+    saved = run_folder.find_checkpoint(folder, args.resume, args.auto_resume, config.plain(args),
+                                       defaults=config.plain(build_parser().parse([])))
+    run_folder.check_same_start(saved, folder)
+    parts = build_parts(args, device, sources, is_new=saved is None)
     if saved is not None:
-        restore(parts.state, *saved)
+        run_folder.restore(parts.state, *saved)
     is_resumed, saved = saved is not None, None  # else it would stay in memory for the whole run
-    try_one_batch(args, parts)
     log = start_folder(args, folder)
     describe_run(args, parts, folder, is_resumed)
     with closing(parts.train), closing(parts.val), distributed.StopRequest() as stop:
@@ -178,7 +191,7 @@ def check_ranges(args: argparse.Namespace) -> None:
                 "min_lr": 0, "warmup_epochs": 0, "warmup_steps": 0, "weight_decay": 0,
                 "num_workers": 0, "print_every": 1, "save_freq": 0, "save_num": 0,
                 "save_every_steps": 0, "input_size": 1, "clip_grad": 0, "seed": 0,
-                "weight_decay_end": 0, "opt_eps": 0}
+                "weight_decay_end": 0, "opt_eps": 0, "prune_every": 0}
     for name, limit in smallest.items():
         value = getattr(args, name)
         if value is not None and not limit <= value < math.inf:
@@ -187,6 +200,10 @@ def check_ranges(args: argparse.Namespace) -> None:
         values = getattr(args, name)
         if not all(0 <= value < 1 for value in ([values] if name != "opt_betas" else values)):
             raise UserError(f"--{name.replace('_', '-')} must lie in [0, 1), got {values}.")
+    useless = {"sparse_init", "sparse_layers", "prune_rate", "prune_every", "growth"}
+    if useless & {*args.given} and "sparsity" not in args.given and not args.sparsity:
+        raise UserError(f"--{min(useless & {*args.given}).replace('_', '-')} does nothing without "
+                        "--sparsity; the published one is 0.4.")
     if args.tensorboard:
         summary_writer_class()
 
@@ -229,10 +246,10 @@ def build_schedule(args: argparse.Namespace) -> Callable[[int], dict[str, float]
 
 
 def build_parts(args: argparse.Namespace, device: torch.device, sources: list,
-                load_student: bool) -> Parts:
+                is_new: bool) -> Parts:
     torch.manual_seed(fold_seed(args.seed, "student"))
     student = build_model(args.student, "--student", args.num_classes,
-                          args.student_weights if load_student else "random",
+                          args.student_weights if is_new else "random",
                           args.student_weights_key)
     if student.input_size not in (None, args.input_size):
         raise UserError(f"--student {args.student[0]} takes {student.input_size} px only, and "
@@ -245,6 +262,7 @@ def build_parts(args: argparse.Namespace, device: torch.device, sources: list,
     torch.manual_seed(fold_seed(args.seed, "losses"))
     distiller = Distiller(student, *losses.create_losses(
         args.loss, student.feature_info, teacher and teacher.feature_info))
+    distiller.to(device, memory_format=options.memory_format)
     if teacher is not None:
         teacher.to(device)
     train, val = build_loaders(args, sources, student, pin_memory=device.type == "cuda")
@@ -257,37 +275,15 @@ def build_parts(args: argparse.Namespace, device: torch.device, sources: list,
     if args.batch_size == 1 and any(isinstance(module, nn.BatchNorm2d)
                                     for module in student.modules()):
         raise UserError("--batch-size 1 leaves BatchNorm nothing to average over; use 2 or more.")
+    # What does not fit together shall fail before the run folder exists.
+    images = torch.zeros(2, 3, args.input_size, args.input_size)
+    images, targets = options.to_device(*mix(images, torch.zeros(2, dtype=torch.long), seed=0))
+    with options.autocast():
+        distiller.check(images, targets, teacher)
     if args.compile and teacher is not None:
         teacher.compile()
-    return Parts(teacher, build_state(args, distiller, options), train, val, mix, options)
-
-
-def restore(state: engine.TrainState, path: Path, saved: dict[str, Any]) -> None:
-    try:
-        state.load_state_dict(saved)
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise UserError(f"{path} does not hold the state of this run ({one_line(error)}). Continue "
-                        "another file with --resume, or set another --output-dir.") from None
-
-
-@torch.no_grad()
-def try_one_batch(args: argparse.Namespace, parts: Parts) -> None:
-    """Two blank images through teacher, student and losses, without a trace: what does not fit
-    together shall fail before the run folder exists."""
-    images = torch.zeros(2, 3, args.input_size, args.input_size)
-    images, targets = parts.mix(images, torch.zeros(2, dtype=torch.long), seed=0)
-    images, targets = parts.options.to_device(images, targets)
-    distiller = parts.state.distiller.eval()
-    try:
-        with parts.options.autocast():
-            # forward itself: a compiled module would be compiled for this odd batch, too.
-            teacher_output = parts.teacher and parts.teacher.forward(images)
-            distiller.forward(images, targets, teacher_output)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        raise UserError(f"teacher, student and losses do not go together at --input-size "
-                        f"{args.input_size}: {one_line(error)}.") from error
+    state = build_state(args, distiller, options, train if is_new else None)
+    return Parts(teacher, state, train, val, mix, options)
 
 
 def build_model(words: list[str], flag: str, num_classes: int, weights: str,
@@ -325,14 +321,20 @@ def build_loaders(args: argparse.Namespace, sources: list, student: models.Visio
     return train, val
 
 
-def build_state(args: argparse.Namespace, distiller: Distiller,
-                options: engine.StepOptions) -> engine.TrainState:
+def build_state(args: argparse.Namespace, distiller: Distiller, options: engine.StepOptions,
+                loader: data.Loader | None) -> engine.TrainState:
+    """`loader` shows the masks of a new run a batch; without it they wait to be restored."""
     device = options.device
+    groups = optim.parameter_groups(distiller, args.weight_decay, args.layer_decay)
+    optimizer = optim.build_adamw(groups, lr=args.lr, betas=tuple(args.opt_betas), eps=args.opt_eps)
+    sparsity = build_sparsity(args, distiller.student, optimizer)
+    if sparsity is not None and loader is not None:
+        # Before SyncBatchNorm, which would wait for other processes.
+        sparsity.start(args.sparse_init, 1 - args.sparsity,
+                       lambda: options.to_device(*loader.first_batch()))
     if distributed.world_size() > 1 and device.type == "cuda":
         # It needs CUDA; on the CPU each process keeps the statistics of its own batch.
-        distiller = nn.SyncBatchNorm.convert_sync_batchnorm(distiller)
-    distiller.to(device, memory_format=options.memory_format)
-    groups = optim.parameter_groups(distiller, args.weight_decay, args.layer_decay)
+        distiller = nn.SyncBatchNorm.convert_sync_batchnorm(distiller)  # the parameters stay
     ema = None
     if args.model_ema:
         ema = ModelEma(distiller.student, args.model_ema_decay, args.model_ema_warmup)
@@ -344,20 +346,23 @@ def build_state(args: argparse.Namespace, distiller: Distiller,
             distiller, device_ids=[device.index] if device.type == "cuda" else None,
             gradient_as_bucket_view=True)
     return engine.TrainState(
-        distiller=distiller, wrapped=wrapped, ema=ema,
-        optimizer=optim.build_adamw(groups, lr=args.lr, betas=tuple(args.opt_betas),
-                                    eps=args.opt_eps),
+        distiller=distiller, wrapped=wrapped, ema=ema, optimizer=optimizer, sparsity=sparsity,
         scaler=torch.amp.GradScaler(device.type, enabled=args.amp == "fp16"),
         best=dict.fromkeys(["best_acc1"] + ["best_acc1_ema"] * (ema is not None), -math.inf))
 
 
+def build_sparsity(args: argparse.Namespace, student: models.VisionModel,
+                   optimizer: torch.optim.Optimizer) -> SparseMask | None:
+    if not args.sparsity:
+        return None
+    return SparseMask(student, optimizer, total_steps=args.epochs * args.steps_per_epoch,
+                      layers=args.sparse_layers, growth=args.growth, prune_rate=args.prune_rate,
+                      prune_every=args.prune_every, seed=args.seed)
+
+
 def start_folder(args: argparse.Namespace, folder: Path) -> RunLog:
     if distributed.is_main():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            config.write_run_files(folder, args)
-        except OSError as error:
-            raise UserError(f"cannot write to the run folder {folder}: {error}.") from None
+        config.write_run_files(folder, args)
     distributed.barrier()
     return RunLog(folder, args.tensorboard)
 
@@ -387,6 +392,8 @@ def describe_run(args: argparse.Namespace, parts: Parts, folder: Path, resumed: 
     say(f"learning rate 0 -> {args.lr:g} in {args.warmup_steps:,} updates, then cosine to "
         f"{args.min_lr:g}; {parts.options.device}, precision {args.amp}")
     state = parts.state
+    if state.sparsity is not None:
+        say(f"sparsity: {state.sparsity.describe()}")
     say(f"run folder {folder}" + (f", continued at epoch {state.epoch}, update {state.step:,}"
                                   if resumed else ""))
 
@@ -405,7 +412,7 @@ def train(args: argparse.Namespace, parts: Parts, schedule: Callable, folder: Pa
         is_stopping = stop.agreed()
         if is_stopping or (args.save_every_steps and state.step % args.save_every_steps == 0):
             engine.checked_means(state)  # never save a NaN
-            save(args, state, folder, [LAST])
+            save(args, state, folder, [run_folder.LAST])
         return is_stopping
 
     while state.epoch < args.epochs:
@@ -419,11 +426,13 @@ def train(args: argparse.Namespace, parts: Parts, schedule: Callable, folder: Pa
             return 143
         for network in state.networks().values():
             distributed.broadcast_buffers(network)  # what is evaluated is what is saved
-        save(args, state, folder, [LAST])  # whatever the evaluation may meet, the epoch is kept
+        save(args, state, folder, [run_folder.LAST])  # whatever the evaluation may meet
         record = finish_epoch(args, parts, means, reference)
         record["train_lr"] = schedule(state.step - 1)["lr"]
         log.write(record)
-        save(args, state, folder, checkpoint_names(args, state, record))
+        best = [suffix for suffix in state.networks() if record[f"is_best{suffix}"]]
+        save(args, state, folder, run_folder.checkpoint_names(
+            record["epoch"], state.epoch == args.epochs, args.save_freq, best))
         if state.epoch < args.epochs and stop.agreed():
             say(f"stopped on request after epoch {state.epoch - 1}; the same command continues.")
             return 143
@@ -449,7 +458,8 @@ def finish_epoch(args: argparse.Namespace, parts: Parts, means: dict[str, float]
     """Evaluate, advance the state by an epoch, and return its line of log.txt."""
     state = parts.state
     speed = means.pop("images_per_second")
-    record = {"epoch": state.epoch, **{f"train_{name}": value for name, value in means.items()}}
+    record = {"epoch": state.epoch, **{f"train_{name}": value for name, value in means.items()},
+              **state.figures()}
     for suffix, network in state.networks().items():
         result = engine.evaluate(network, parts.val, options=parts.options, reference=reference)
         record |= {f"test_loss{suffix}": result.loss, f"test_acc1{suffix}": result.acc1,
@@ -471,16 +481,6 @@ def finish_epoch(args: argparse.Namespace, parts: Parts, means: dict[str, float]
     say(f"epoch {record['epoch']}: train loss {record['train_loss']:.3f}, {shown}"
         + (f", {speed:.0f} images/s" if speed else ""))
     return record
-
-
-def checkpoint_names(args: argparse.Namespace, state: engine.TrainState,
-                     record: dict[str, Any]) -> list[str]:
-    """The files that this epoch's state goes to."""
-    names = [LAST]
-    if args.save_freq and (state.epoch % args.save_freq == 0 or state.epoch == args.epochs):
-        names.append(f"checkpoint-{state.epoch - 1}.pth")
-    return names + [f"checkpoint-best{suffix.replace('_', '-')}.pth" for suffix in ("", "_ema")
-                    if record.get(f"is_best{suffix}")]
 
 
 def save(args: argparse.Namespace, state: engine.TrainState, folder: Path,

@@ -108,6 +108,15 @@ class Loader:
         self.keys.epoch, self.keys.start = epoch, batch
         return self
 
+    def first_batch(self) -> tuple[Tensor, Tensor]:
+        """Images and labels that the iteration begins with, without beginning it."""
+        samples = [self.samples[key] for key in next(iter(self.keys))]
+        for _, _, index in samples:
+            if index < 0:
+                self._note_bad(-1 - index)
+        return torch.stack([image for image, _, _ in samples]), torch.tensor(
+            [label for _, label, _ in samples])
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         try:
             for images, labels, indices in self.loader:

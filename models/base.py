@@ -55,6 +55,10 @@ class VisionModel(nn.Module):
         """Names of parameters that must not decay beside the 1-D ones."""
         return set()
 
+    def large_kernels(self) -> set[str]:
+        """Names of the weights of large depthwise kernels, which may be masked alone."""
+        return set()
+
     def layer_ids(self) -> dict[str, int]:
         """Depth of every parameter, 0 = stem, for layer-wise learning rate decay: the rate is
         scaled by `decay ** (largest id - id)`. Raises UserError where no depth is defined."""

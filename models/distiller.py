@@ -3,6 +3,7 @@ import torch
 from torch import Tensor, nn
 
 from models.base import ModelOutput, VisionModel
+from utils.errors import UserError, one_line
 
 
 class Distiller(nn.Module):
@@ -26,6 +27,23 @@ class Distiller(nn.Module):
             terms = {name: loss(student, teacher, targets) for name, loss in self.losses.items()}
             total = sum(self.weights[name] * term for name, term in terms.items())
         return total, terms
+
+    @torch.no_grad()
+    def check(self, images: Tensor, targets: Tensor, teacher: nn.Module | None) -> None:
+        """Raises UserError when teacher, student and losses do not go together on such a batch.
+        Leaves no trace."""
+        was_training = self.training
+        self.eval()
+        try:
+            # forward itself: a compiled module would be compiled for this odd batch, too.
+            self.forward(images, targets, teacher and teacher.forward(images))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise UserError(f"teacher, student and losses do not go together at --input-size "
+                            f"{images.shape[-1]}: {one_line(error)}.") from error
+        finally:
+            self.train(was_training)
 
     def no_weight_decay(self) -> set[str]:
         return {f"student.{name}" for name in self.student.no_weight_decay()}

@@ -147,6 +147,12 @@ class SLaK(ConvNeXtFrame):
                 module.large_kernel = module.large_kernel.folded()
         return self
 
+    def large_kernels(self) -> set[str]:
+        """Of each block the k x N, N x k or k x k kernels, not the small one beside them."""
+        return {name for name, _ in self.named_parameters()
+                if name.endswith(("LoRA1.conv.weight", "LoRA2.conv.weight",
+                                  "lkb_origin.conv.weight"))}
+
 
 def _check_kernels(kernel_size: Sequence[int], num_stages: int, decomposed: bool) -> None:
     numbers = list(kernel_size) if isinstance(kernel_size, (tuple, list)) else [kernel_size]

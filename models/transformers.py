@@ -41,6 +41,11 @@ class Swin(VisionModel, SwinTransformer):
         features = [feature.permute(0, 3, 1, 2) for feature in features]
         return ModelOutput(self.head(features[-1].mean((2, 3))), features)
 
+    def no_weight_decay(self) -> set[str]:
+        """Tables of relative positions, as its authors train it."""
+        return {name for name, _ in self.named_parameters()
+                if name.endswith("relative_position_bias_table")}
+
 
 @register_model("vit_b", dim=768, depth=12, num_heads=12)
 @register_model("vit_nano", dim=96, depth=4, num_heads=3)
@@ -67,3 +72,7 @@ class ViT(VisionModel, VisionTransformer):
         side = self.image_size // self.patch_size
         feature = tokens[:, 1:].transpose(1, 2).unflatten(2, (side, side))  # (N, C, side, side)
         return ModelOutput(self.heads(tokens[:, 0]), [feature])
+
+    def no_weight_decay(self) -> set[str]:
+        """Class token and positions, as in DeiT."""
+        return {"class_token", "encoder.pos_embedding"}

@@ -127,6 +127,11 @@ def plain(args: argparse.Namespace) -> dict[str, Any]:
 
 def write_run_files(folder: Path, args: argparse.Namespace) -> None:
     """args.yaml with every resolved value, and command.txt with one line per start."""
-    write_text_atomically(yaml.safe_dump(plain(args), sort_keys=True), folder / "args.yaml")
-    with open(folder / "command.txt", "a") as file:
-        file.write(f"{shlex.join(sys.argv)}  # {args.world_size} process(es), git {args.git}\n")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(yaml.safe_dump(plain(args), sort_keys=True), folder / "args.yaml")
+        with open(folder / "command.txt", "a") as file:
+            file.write(f"{shlex.join(sys.argv)}  # {args.world_size} process(es), "
+                       f"git {args.git}\n")
+    except OSError as error:
+        raise UserError(f"cannot write to the run folder {folder}: {error}.") from None

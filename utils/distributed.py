@@ -104,12 +104,30 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def broadcast(tensor: Tensor) -> None:
+    """Give every process the first one's values, in place."""
+    if dist.is_initialized():
+        # gloo takes no bool, and neither takes a layout of memory other than the plain one.
+        values = tensor.view(torch.uint8) if tensor.dtype is torch.bool else tensor
+        values = values.contiguous()
+        dist.broadcast(values, 0)
+        tensor.copy_(values)
+
+
+def broadcast_object(value: object) -> object:
+    """The first process's `value`, on every process."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values, 0)
+    return values[0]
+
+
 def broadcast_buffers(module: nn.Module) -> None:
     """Give every process the first one's buffers: BatchNorm's statistics, where it is not
     synchronised."""
     if dist.is_initialized():
         for buffer in module.buffers():
-            dist.broadcast(buffer, 0)
+            broadcast(buffer)
 
 
 def gather_objects(value: object) -> list:

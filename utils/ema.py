@@ -1,8 +1,9 @@
 """Exponential moving average of a model's weights."""
 import copy
+from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class ModelEma:
@@ -19,17 +20,23 @@ class ModelEma:
         self.num_updates = 0
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
+    def update(self, model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> None:
+        """Follow `model`. Under `masks`, bool by name of the parameter, the average is zero where
+        they are False, and the value itself where it was zero until now (as published)."""
         n = self.num_updates
         decay = min(self.decay, (1 + n) / (10 + n)) if self.warmup else self.decay
-        averages, values = [], []
+        averages, values = {}, {}
         source = model.state_dict()
         for name, average in self.model.state_dict().items():
             if average.is_floating_point():
-                averages.append(average)
-                values.append(source[name])
+                averages[name], values[name] = average, source[name]
             else:
                 average.copy_(source[name])
-        torch._foreach_mul_(averages, decay)
-        torch._foreach_add_(averages, values, alpha=1 - decay)
+        is_new = {name: averages[name] == 0 for name in masks or {}}
+        torch._foreach_mul_(list(averages.values()), decay)
+        torch._foreach_add_(list(averages.values()), list(values.values()), alpha=1 - decay)
+        for name, mask in (masks or {}).items():
+            average = averages[name]
+            torch.where(is_new[name], values[name], average, out=average)
+            average.mul_(mask)
         self.num_updates += 1

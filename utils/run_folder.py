@@ -5,7 +5,7 @@ from typing import Any
 
 from utils.checkpoint import describe_changes, load_file
 from utils.distributed import gather_objects
-from utils.errors import UserError
+from utils.errors import UserError, one_line
 
 LAST = "checkpoint-last.pth"
 
@@ -19,10 +19,12 @@ FREE_ON_RESUME = frozenset({
 
 
 def run_name(teacher: list[str], student: list[str], losses: list[list[str]], epochs: int,
-             seed: int) -> str:
-    """teacher-student-loss-epochs, each with the options given to it, and the seed unless 0."""
+             seed: int, sparsity: float = 0.0) -> str:
+    """teacher-student-loss-epochs, each with the options given to it; after the student its
+    sparsity unless 0, at the end the seed unless 0."""
     words = [teacher, student, [word for loss in losses for word in loss]]
     parts = ["_".join(part) for part in words] + [f"{epochs}ep"] + [f"seed{seed}"] * (seed != 0)
+    parts[1] += f"_sparsity{sparsity:g}" * (sparsity != 0)
     return re.sub(r"[^\w.-]+", ".", "-".join(parts).replace("=", ""))
 
 
@@ -69,6 +71,26 @@ def find_checkpoint(folder: Path, resume: Path | None, auto_resume: bool,
         raise UserError(f"{path} is from a run with other settings ({'; '.join(changes)}). Repeat "
                         "its settings to continue it, or set another --output-dir.")
     return path, saved
+
+
+def restore(state: Any, path: Path, saved: dict[str, Any]) -> None:
+    """Give a TrainState what the file at `path` saved of one. Raises UserError when it cannot."""
+    try:
+        if state.sparsity is not None and saved.get("sparsity") is None:
+            raise ValueError("it holds no masks, and new ones would zero weights that were trained")
+        state.load_state_dict(saved)
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise UserError(f"{path} does not hold the state of this run ({one_line(error)}). Continue "
+                        "another file with --resume, or set another --output-dir.") from None
+
+
+def checkpoint_names(epoch: int, is_last: bool, save_freq: int, best: list[str]) -> list[str]:
+    """The files that the state after `epoch` goes to; `best`: '' or '_ema' of the networks that
+    were never better."""
+    names = [LAST]
+    if save_freq and ((epoch + 1) % save_freq == 0 or is_last):
+        names.append(f"checkpoint-{epoch}.pth")
+    return names + [f"checkpoint-best{suffix.replace('_', '-')}.pth" for suffix in best]
 
 
 def check_same_start(saved: tuple[Path, dict] | None, folder: Path) -> None:
