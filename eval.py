@@ -17,9 +17,10 @@ import data
 import engine
 import models
 from analysis.complexity import count_macs
-from models.weights import fetch_weights, load_weights
+from models.trained import load_trained
+from models.weights import fetch_weights
 from utils import checkpoint, config, distributed
-from utils.errors import UserError, one_line
+from utils.errors import UserError
 from utils.log import say
 from utils.registry import parse_spec
 
@@ -59,11 +60,7 @@ def run(args: argparse.Namespace) -> int:
     check_flags(args)
     model = checkpoint_model(args) if args.checkpoint else named_model(args)
     source = build_source(args, model)
-    try:
-        macs = count_macs(model, args.input_size)
-    except RuntimeError as error:
-        raise UserError(f"the model does not run at --input-size {args.input_size}: "
-                        f"{one_line(error)}.") from error
+    macs = count_macs(model, args.input_size)
     say(f"{model.num_parameters:,} parameters, {macs / 1e9:.3f} G multiply-accumulates at "
         f"{args.input_size} px")
     num_parameters = model.num_parameters
@@ -110,16 +107,10 @@ def check_flags(args: argparse.Namespace) -> None:
 
 def checkpoint_model(args: argparse.Namespace) -> models.VisionModel:
     """The student of a training checkpoint; fills in the flags that were not given."""
-    trained = checkpoint.load_file(args.checkpoint).get("args")
-    if not isinstance(trained, dict) or "student" not in trained:
-        raise UserError(f"{args.checkpoint} does not say which model it holds. Evaluate it with "
-                        "--model NAME --weights FILE.")
+    model, trained = load_trained(args.checkpoint, args.weights_key)
     for name in ("data_set", "input_size", "crop_pct"):
         if getattr(args, name) is None:
             setattr(args, name, trained[name])
-    name, options = parse_spec(trained["student"], "--student")
-    model = models.create_model(name, trained["num_classes"], **options)
-    load_weights(model, args.checkpoint, args.weights_key)
     say(f"{' '.join(trained['student'])} from {args.checkpoint}")
     return model
 

@@ -1,37 +1,148 @@
-"""Parameters and multiply-accumulates of registered models.
+"""Parameters and multiply-accumulates of networks, dense and with the zeros of sparse training left
+out.
 
-    python -m analysis.complexity                         # every model at 224 px
+    python -m analysis.complexity                               # every model, one row each
     python -m analysis.complexity --model slak_t kernel_size=31,29,27,13,5 --input-size 384
+    python -m analysis.complexity --model slak_b --sparsity 0.4
+    python -m analysis.complexity --checkpoint runs/NAME/checkpoint-best.pth
 """
 import argparse
 import copy
 import sys
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import models
+from models.sparse_init import erk_densities, maskable
+from models.trained import load_trained
+from models.weights import fetch_weights
 from utils.config import Parser
-from utils.errors import UserError
+from utils.errors import UserError, one_line
 from utils.registry import parse_spec
+
+ACTIVATIONS = "(activations with each other)"  # attention
+REST = "(norms, scales, embeddings)"
 
 
 def count_macs(model: models.VisionModel, input_size: int) -> int:
     """Multiply-accumulates of one image, in convolutions and matrix products (what tables of
     papers call FLOPs). Computed on shapes alone; `model` is left as it is."""
-    model = copy.deepcopy(model).to("meta").eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.empty(1, 3, input_size, input_size, device="meta"))
+    with FlopCounterMode(display=False) as counter:
+        _run_on_shapes(copy.deepcopy(model).to("meta"), input_size)
     return counter.get_total_flops() // 2
+
+
+@torch.no_grad()
+def _run_on_shapes(model: models.VisionModel, input_size: int) -> None:
+    try:
+        model.eval()(torch.empty(1, 3, input_size, input_size, device="meta"))
+    except RuntimeError as error:
+        raise UserError(f"the model does not run at --input-size {input_size}: "
+                        f"{one_line(error)}.") from error
+
+
+class _MacsByWeight(TorchDispatchMode):
+    """Counts as FlopCounterMode does, but under the name of the parameter that an operation reads,
+    whichever module called it and whatever view of it was taken."""
+
+    def __init__(self, model: models.VisionModel) -> None:
+        super().__init__()
+        self.names = {_storage(weight): name for name, weight in model.named_parameters()}
+        self.macs: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (),
+                           kwargs: dict | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            flops = formula(*args, **(kwargs or {}), out_val=result)
+            read = [self.names.get(_storage(value)) for value in args
+                    if isinstance(value, torch.Tensor) and value.dim() > 1]
+            self.macs[next(filter(None, read), ACTIVATIONS)] += flops // 2
+        return result
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata  # tensors without data have no address
+
+
+class Layer(NamedTuple):
+    """Counts of one module's own parameters, or of what belongs to none."""
+
+    name: str
+    shape: str  # of its weight
+    parameters: int
+    nonzero: int
+    macs: int
+    sparse_macs: float  # in proportion to the weight's nonzero share
+
+
+def count_layers(model: models.VisionModel, input_size: int,
+                 nonzero: Mapping[str, int]) -> list[Layer]:
+    """One row per module that multiplies by a weight, then one for all other parameters and one for
+    products of activations. `nonzero`: by name of the parameter; all where it is not listed."""
+    model = copy.deepcopy(model).to("meta")
+    with _MacsByWeight(model) as counter:
+        _run_on_shapes(model, input_size)
+    rows: dict[str, Layer] = {}
+    for name, weight in model.named_parameters():
+        macs, live = counter.macs[name], nonzero.get(name, weight.numel())
+        owner = name.rpartition(".")[0] if _multiplies(counter.macs, name) else REST
+        row = rows.get(owner, Layer(owner, "-", 0, 0, 0, 0.0))
+        rows[owner] = row._replace(
+            shape="x".join(map(str, weight.shape)) if macs else row.shape,
+            parameters=row.parameters + weight.numel(), nonzero=row.nonzero + live,
+            macs=row.macs + macs, sparse_macs=row.sparse_macs + macs * live / weight.numel())
+    attention = counter.macs[ACTIVATIONS]
+    last = [rows.pop(REST, None), attention and Layer(ACTIVATIONS, "-", 0, 0, attention, attention)]
+    return [*rows.values(), *filter(None, last)]
+
+
+def _multiplies(macs: Mapping[str, int], name: str) -> bool:
+    """Whether the module that has this parameter multiplies by it or by another of its own."""
+    owner = name.rpartition(".")[0]
+    return any(count and other.rpartition(".")[0] == owner
+               for other, count in macs.items() if other != ACTIVATIONS)
+
+
+def count_nonzero(model: models.VisionModel) -> dict[str, int]:
+    """Of every weight of two or more dimensions."""
+    return {name: int(weight.count_nonzero()) for name, weight in model.named_parameters()
+            if weight.dim() > 1}
+
+
+def expected_nonzero(model: models.VisionModel, sparsity: float, init: str) -> dict[str, int]:
+    """What sparse training at this sparsity would leave, uniform or by ERK. (SNIP's densities
+    depend on weights and pictures.)"""
+    shapes = {name: tuple(weight.shape) for name, weight in maskable(model).items()}
+    densities = dict.fromkeys(shapes, 1 - sparsity)
+    if init == "erk":
+        densities = erk_densities(shapes, 1 - sparsity)
+    return {name: round(densities[name] * model.get_parameter(name).numel()) for name in shapes}
+
+
+def layer_table(layers: list[Layer]) -> str:
+    """A Markdown table with a row of totals."""
+    total = Layer("**total**", "", *(sum(column) for column in list(zip(*layers))[2:]))
+    rows = ["| layer | weight | parameters | nonzero | 10^6 MACs | of nonzero weights |",
+            "|---|---|---:|---:|---:|---:|"]
+    for layer in [*layers, total]:
+        rows.append(f"| {layer.name} | {layer.shape} | {layer.parameters:,} | {layer.nonzero:,} | "
+                    f"{layer.macs / 1e6:,.3f} | {layer.sparse_macs / 1e6:,.3f} |")
+    return "\n".join(rows)
 
 
 def table(specs: list[list[str]], num_classes: int, input_size: int) -> str:
     """A Markdown table, one row per `NAME key=value ...`."""
     rows = ["| model | parameters | MACs | input | stages |", "|---|---:|---:|---:|---|"]
     for words in specs:
-        name, options = parse_spec(words, "--model")
-        with torch.device("meta"):
-            model = models.create_model(name, num_classes, **options)
+        model = meta_model(words, num_classes)
         size = model.input_size or input_size
         stages = ", ".join(f"{info.channels}/{info.stride}" for info in model.feature_info)
         rows.append(f"| {' '.join(words)} | {model.num_parameters:,} | "
@@ -39,20 +150,67 @@ def table(specs: list[list[str]], num_classes: int, input_size: int) -> str:
     return "\n".join(rows)
 
 
+def meta_model(words: list[str], num_classes: int) -> models.VisionModel:
+    name, options = parse_spec(words, "--model")
+    with torch.device("meta"):
+        return models.create_model(name, num_classes, **options)
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="analysis.complexity", description=__doc__.split("\n\n")[0])
+    flag = parser.add_argument
+    flag("--model", nargs="+", metavar="NAME",
+         help="NAME [key=value ...], layer by layer (default: an overview of all models)")
+    flag("--weights", metavar="SOURCE", help="of --model, to count its zeros: path, URL, published")
+    flag("--checkpoint", type=Path, metavar="FILE", help="of train_kd.py, to count its zeros")
+    flag("--weights-key", metavar="KEY", help="model, or model_ema for the averaged weights")
+    flag("--sparsity", type=float, default=0.0, help="of --model without weights")
+    flag("--sparse-init", choices=["uniform", "erk"], default="uniform", help="for --sparsity")
+    flag("--num-classes", type=int, default=1000, help="of --model")
+    flag("--input-size", type=int, default=None, help="by default the checkpoint's, else 224 px")
+    return parser
+
+
+def check_combination(model: list[str] | None, weights: str | None, checkpoint: Path | None,
+                      sparsity: float) -> None:
+    if not 0 <= sparsity < 1:
+        raise UserError(f"--sparsity must lie in [0, 1), got {sparsity}.")
+    given = (model is not None, weights is not None, checkpoint is not None, sparsity > 0)
+    if given not in [(False,) * 4, (True, False, False, False), (True, True, False, False),
+                     (True, False, False, True), (False, False, True, False)]:
+        raise UserError("give --checkpoint FILE; or --model NAME, alone, with --weights SOURCE or "
+                        "with --sparsity; or none of them.")
+
+
+def print_layers(model: models.VisionModel, input_size: int, nonzero: Mapping[str, int]) -> None:
+    print(f"{input_size} px\n\n{layer_table(count_layers(model, input_size, nonzero))}\n")
+    print("MACs: convolutions and matrix products of one image; of nonzero weights: in proportion "
+          "to each weight's share.\nBiases and norms count as nonzero.")
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(prog="analysis.complexity", description=__doc__.split("\n")[0])
-    parser.add_argument("--model", nargs="+", action="append", metavar="NAME",
-                        help="NAME [key=value ...], may be repeated (default: all)")
-    parser.add_argument("--num-classes", type=int, default=1000, help="classes")
-    parser.add_argument("--input-size", type=int, default=224, help="pixels")
     try:
-        args: argparse.Namespace = parser.parse(sys.argv[1:] if argv is None else argv)
-        specs = args.model or [[name] for name in models.list_models()]
-        print(table(specs, args.num_classes, args.input_size))
+        args: argparse.Namespace = build_parser().parse(sys.argv[1:] if argv is None else argv)
+        check_combination(args.model, args.weights, args.checkpoint, args.sparsity)
+        if args.checkpoint:
+            model, settings = load_trained(args.checkpoint, args.weights_key)
+            print_layers(model, args.input_size or settings["input_size"], count_nonzero(model))
+        elif args.weights:
+            name, options = parse_spec(args.model, "--model")
+            model = models.create_model(name, args.num_classes, **options)
+            fetch_weights(model, name, args.weights, "--weights", args.weights_key)
+            print_layers(model, args.input_size or model.input_size or 224, count_nonzero(model))
+        elif args.model:
+            model = meta_model(args.model, args.num_classes)
+            print_layers(model, args.input_size or model.input_size or 224,
+                         expected_nonzero(model, args.sparsity, args.sparse_init))
+        else:
+            specs = [[name] for name in models.list_models()]
+            print(table(specs, args.num_classes, args.input_size or 224))
+            print("\nMACs: convolutions and matrix products of one image. Stages: channels/stride.")
     except UserError as error:
         print(f"analysis.complexity: error: {error}", file=sys.stderr)
         return 2
-    print("\nMACs: convolutions and matrix products of one image. Stages: channels/stride.")
     return 0
 
 

@@ -80,7 +80,8 @@ def test_groups_hold_every_trainable_parameter_once(name):
     for group in groups:
         assert group["lr_scale"] == 1.0
         for key, parameter in zip(group["names"], group["params"]):
-            assert group["decays"] == (parameter.dim() > 1 and not key.endswith(".bias"))
+            exempt = key.endswith((".bias", "_token", "pos_embedding", "position_bias_table"))
+            assert group["decays"] == (parameter.dim() > 1 and not exempt)
 
 
 class WithToken(nn.Module):
@@ -218,19 +219,19 @@ def set_values(model: nn.Module, **values) -> None:
             getattr(model, name).copy_(torch.as_tensor(value))
 
 
-def test_average_equals_the_published_one_where_no_mask_changed(fixture_npz):
-    """Where the mask kept a weight, or nothing is masked, the update is decay * ema + (1 - decay) *
-    value. (Grown weights start from their value there, dropped ones are 0: not this class's.)"""
+def test_average_under_a_mask_equals_the_published_one(fixture_npz):
+    """Zero where the mask dropped a weight, the value itself where it grew one."""
     figures = {key: torch.as_tensor(value) for key, value in fixture_npz("ema_mask").items()}
     model = WithBuffers(figures["ema0_weight"].clone(), figures["ema0_bias"].clone())
     ema = ModelEma(model, float(figures["decay"]))
     set_values(model, weight=figures["weight"], bias=figures["bias"])
-    ema.update(model)
-    kept = (figures["mask"] > 0) & (figures["ema0_weight"] != 0)
-    assert kept.sum() == 13
-    torch.testing.assert_close(ema.model.weight[kept], figures["ema1_weight"][kept], rtol=1e-5,
-                               atol=1e-8)
+    mask = figures["mask"].bool()
+    ema.update(model, {"weight": mask})
+    assert (ema.model.weight[~mask] == 0).all() and mask.sum() < mask.numel()
+    torch.testing.assert_close(ema.model.weight.data, figures["ema1_weight"], rtol=1e-5, atol=1e-8)
     torch.testing.assert_close(ema.model.bias.data, figures["ema1_bias"], rtol=1e-5, atol=1e-8)
+    grown = mask & (figures["ema0_weight"] == 0)
+    assert grown.any() and torch.equal(ema.model.weight[grown], figures["weight"][grown])
 
 
 def test_average_of_buffers_and_counters():

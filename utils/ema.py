@@ -25,18 +25,22 @@ class ModelEma:
         they are False, and the value itself where it was zero until now (as published)."""
         n = self.num_updates
         decay = min(self.decay, (1 + n) / (10 + n)) if self.warmup else self.decay
-        averages, values = {}, {}
+        averages, values = [], []
         source = model.state_dict()
         for name, average in self.model.state_dict().items():
-            if average.is_floating_point():
-                averages[name], values[name] = average, source[name]
-            else:
+            if not average.is_floating_point():
                 average.copy_(source[name])
-        is_new = {name: averages[name] == 0 for name in masks or {}}
-        torch._foreach_mul_(list(averages.values()), decay)
-        torch._foreach_add_(list(averages.values()), list(values.values()), alpha=1 - decay)
-        for name, mask in (masks or {}).items():
-            average = averages[name]
-            torch.where(is_new[name], values[name], average, out=average)
-            average.mul_(mask)
+            elif masks and name in masks:
+                _update_masked(average, source[name], masks[name], decay)
+            else:
+                averages.append(average)
+                values.append(source[name])
+        if averages:
+            torch._foreach_lerp_(averages, values, 1 - decay)
         self.num_updates += 1
+
+
+def _update_masked(average: Tensor, value: Tensor, mask: Tensor, decay: float) -> None:
+    # Products with bytes take half the time of torch.where.
+    new = value * (average == 0).view(torch.uint8)
+    average.lerp_(value, 1 - decay).add_(new, alpha=decay).mul_(mask.view(torch.uint8))

@@ -1,0 +1,178 @@
+"""Ratios of times, each measured in one run on one machine.
+
+    python -m analysis.benchmark masking                  # slak_t at 224 px: masks against none
+    python -m analysis.benchmark masking --amp bf16 --batch-size 128 --repeats 20   # on a GPU
+"""
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import engine
+import models
+from losses import create_loss
+from models.distiller import Distiller
+from models.sparsity import SparseMask
+from utils import optim
+from utils.checkpoint import write_text_atomically
+from utils.config import Parser
+from utils.distributed import setup
+from utils.ema import ModelEma
+from utils.errors import UserError
+from utils.log import peak_memory_gib, progress
+from utils.registry import parse_spec
+
+
+def time_interleaved(actions: dict[str, Callable[[], Any]], repeats: int,
+                     device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each action, one after the other `repeats` times after one round to warm up, so
+    that whatever else the machine does meets all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in actions}
+    with progress("rounds", repeats + 1, unit="round") as bar:
+        for _ in range(repeats + 1):
+            for name, action in actions.items():
+                wait_for(device)
+                start = time.perf_counter()
+                action()
+                wait_for(device)
+                seconds[name].append(time.perf_counter() - start)
+            bar.update()
+    return {name: values[1:] for name, values in seconds.items()}
+
+
+def wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def random_batches(options: engine.StepOptions, batch_size: int, input_size: int,
+                   num_classes: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The same random batch for ever, on the device: loading is not what is measured."""
+    images = torch.randn(batch_size, 3, input_size, input_size)
+    batch = options.to_device(images, torch.randint(num_classes, (batch_size,)))
+    while True:
+        yield *batch, torch.arange(batch_size)
+
+
+def supervised_state(model: models.VisionModel, options: engine.StepOptions) -> engine.TrainState:
+    """Cross-entropy, AdamW and averaged weights, as SLaK is trained."""
+    distiller = Distiller(model, {"ce": create_loss("ce", model.feature_info)}, {"ce": 1.0})
+    distiller.to(options.device, memory_format=options.memory_format).train()
+    optimizer = optim.build_adamw(optim.parameter_groups(distiller, 0.05), lr=1e-4,
+                                  betas=(0.9, 0.999), eps=1e-8)
+    return engine.TrainState(
+        distiller=distiller, wrapped=distiller, optimizer=optimizer, ema=ModelEma(model),
+        scaler=torch.amp.GradScaler(options.device.type,
+                                    enabled=options.amp_dtype is torch.float16))
+
+
+KINDS = ("no masks", "masks", "masks that change")
+
+
+def time_masking(model: models.VisionModel, options: engine.StepOptions, *, batch_size: int,
+                 input_size: int, repeats: int, growth: str, sparsity: float
+                 ) -> tuple[dict[str, list[float]], float]:
+    """Seconds of forward and backward ("gradients of KIND"), and of the rest of the update
+    ("KIND"): optimizer, masks, average. And the bytes of masks per weight of the network."""
+    state = supervised_state(model, options)
+    masks = SparseMask(model, state.optimizer, total_steps=10 ** 9, growth=growth, prune_every=2)
+    masks.start("uniform", 1 - sparsity, first_batch=lambda: None)
+    batches = random_batches(options, batch_size, input_size, model.num_classes)
+
+    def gradients() -> None:
+        engine.accumulate_gradients(state, batches, None, no_mix, options)
+
+    def update(kind: str) -> None:
+        # With prune_every=2 update 1 leaves the masks as they are and update 2 changes them.
+        state.sparsity = None if kind == "no masks" else masks
+        state.step, masks.changed_at = int(kind == "masks that change"), 0
+        engine.optimizer_update(state, options.clip_grad)
+
+    actions: dict[str, Callable[[], Any]] = {}
+    for kind in KINDS:
+        actions |= {f"gradients of {kind}": gradients, kind: partial(update, kind)}
+    num_bytes = sum(mask.numel() * mask.element_size() for mask in masks.masks.values())
+    seconds = time_interleaved(actions, repeats, options.device)
+    return seconds, num_bytes / model.num_parameters
+
+
+def no_mix(images: Tensor, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    return images, labels
+
+
+def masking_table(seconds: dict[str, list[float]], prune_every: int) -> tuple[str, float]:
+    """A Markdown table, and the ratio of an update with masks to one without, in the mean over
+    `prune_every` updates of which one changes them. Masks do not touch forward and backward, so
+    their time is one median over all kinds."""
+    gradients = statistics.median(value for kind in KINDS
+                                  for value in seconds[f"gradients of {kind}"])
+    rest = {kind: statistics.median(seconds[kind]) for kind in KINDS}
+    name = f"mean at --prune-every {prune_every}"
+    rest[name] = ((prune_every - 1) * rest["masks"] + rest["masks that change"]) / prune_every
+    plain = gradients + rest["no masks"]
+    rows = ["| update | forward, backward (s) | the rest (s) | ratio |", "|---|---:|---:|---:|"]
+    rows += [f"| {kind} | {gradients:.3f} | {value:.3f} | {(gradients + value) / plain:.3f} |"
+             for kind, value in rest.items()]
+    return "\n".join(rows), (gradients + rest[name]) / plain
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="analysis.benchmark", description=__doc__.split("\n\n")[0])
+    flag = parser.add_argument
+    flag("what", choices=["masking"], help="masking: an update of sparse training against a dense")
+    flag("--model", nargs="+", default=["slak_t"], metavar="NAME", help="NAME [key=value ...]")
+    flag("--input-size", type=int, default=224, help="pixels")
+    flag("--batch-size", type=int, default=8, help="images per update")
+    flag("--repeats", type=int, default=7, help="rounds; the table shows medians")
+    flag("--sparsity", type=float, default=0.4, help="in every layer (uniform)")
+    flag("--growth", choices=["random", "gradient", "momentum"], default="random",
+         help="where pruned weights move to")
+    flag("--prune-every", type=int, default=100, help="for the mean")
+    flag("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to run")
+    flag("--amp", choices=list(engine.AMP_DTYPES), default="none", help="mixed precision")
+    flag("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        args: argparse.Namespace = build_parser().parse(sys.argv[1:] if argv is None else argv)
+        for name in ("input_size", "batch_size", "repeats", "prune_every"):
+            if getattr(args, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} must be at least 1.")
+        device = setup(args.device)
+        options = engine.StepOptions(
+            device=device, amp_dtype=engine.AMP_DTYPES[args.amp], accum_steps=1, clip_grad=None,
+            memory_format=torch.channels_last, seed=0)
+        name, model_options = parse_spec(args.model, "--model")
+        model = models.create_model(name, 1000, **model_options)
+        seconds, bytes_per_weight = time_masking(
+            model, options, batch_size=args.batch_size, input_size=args.input_size,
+            repeats=args.repeats, growth=args.growth, sparsity=args.sparsity)
+        table, ratio = masking_table(seconds, args.prune_every)
+        where = torch.cuda.get_device_name(device) if device.type == "cuda" else (
+            f"CPU, {torch.get_num_threads()} thread(s)")
+        print(f"{' '.join(args.model)}, batch {args.batch_size} at {args.input_size} px, AdamW, "
+              f"averaged weights, precision {args.amp}, {where}, medians of {args.repeats} rounds")
+        print(f"\n{table}\n")
+        print(f"masks: {bytes_per_weight:.3f} bytes per weight of the network; peak memory "
+              f"{peak_memory_gib(device):.2f} GiB")
+        if args.json:
+            write_text_atomically(json.dumps({
+                **seconds, "ratio": ratio, "bytes_per_weight": bytes_per_weight}), args.json)
+    except UserError as error:
+        print(f"analysis.benchmark: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,21 @@
+"""The student that a checkpoint of train_kd.py holds."""
+from pathlib import Path
+from typing import Any
+
+from models.base import VisionModel, create_model
+from models.weights import load_weights
+from utils.checkpoint import load_file
+from utils.errors import UserError
+from utils.registry import parse_spec
+
+
+def load_trained(path: Path, key: str | None = None) -> tuple[VisionModel, dict[str, Any]]:
+    """The network with its weights, and the settings of the run. `key`: see `load_weights`."""
+    settings = load_file(path).get("args")
+    if not isinstance(settings, dict) or "student" not in settings:
+        raise UserError(f"{path} does not say which model it holds; that is known only of the "
+                        "checkpoints of train_kd.py. Name the model and its weights instead.")
+    name, options = parse_spec(settings["student"], "--student")
+    model = create_model(name, settings["num_classes"], **options)
+    load_weights(model, path, key)
+    return model, settings
