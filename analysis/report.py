@@ -78,7 +78,10 @@ def table(runs: list[Run], unreadable: list[str]) -> str:
         if args["teacher"] != ["none"] and baseline is not None:
             gain = f"{mean(group) - baseline:+.2f}"
         loss = " + ".join(" ".join(words) for words in args["loss"])
-        rows.append(f"| {' '.join(args['teacher'])} | {' '.join(args['student'])} | {loss} | "
+        student = " ".join(args["student"])
+        if args.get("sparsity"):
+            student += f", sparsity {args['sparsity']:g}"
+        rows.append(f"| {' '.join(args['teacher'])} | {student} | {loss} | "
                     f"{args['epochs']} | {len(group)} | {spread(group)} | {gain} |")
     notes = ["", "top-1: last epoch, mean +- sample standard deviation over n seeds. Direct gain: "
              "points over the supervised run with the same student, recipe and epochs."]

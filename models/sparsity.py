@@ -41,6 +41,8 @@ def _grown(kept: Tensor, score: Tensor, count: int, just_pruned: Tensor | None =
     """`kept` and the `count` free places of the highest score; those just pruned come back only
     where nothing else is left."""
     free = ~kept
+    if not 0 <= count <= int(free.sum()):
+        raise UserError(f"cannot grow {count} weights: {int(free.sum())} are masked.")
     fresh = free if just_pruned is None else free & ~just_pruned
     num_fresh = min(count, int(fresh.sum()))
     grown = kept | _highest(score, fresh, num_fresh)
@@ -49,9 +51,6 @@ def _grown(kept: Tensor, score: Tensor, count: int, just_pruned: Tensor | None =
 
 def _highest(score: Tensor, candidates: Tensor, count: int) -> Tensor:
     """The mask of the `count` candidates of the highest score."""
-    num_candidates = int(candidates.sum())
-    if not 0 <= count <= num_candidates:
-        raise UserError(f"cannot choose {count} weights of {num_candidates}.")
     chosen = torch.zeros_like(candidates, memory_format=torch.contiguous_format).view(-1)
     scores = torch.where(candidates, score, -math.inf).flatten()
     chosen[scores.topk(count, sorted=False).indices] = True

@@ -64,6 +64,25 @@ def test_training_flags_matter(base, tmp_path, words):
     assert log["train_loss"] != changed_log["train_loss"]
 
 
+SPARSE_BASE = "--student slak_pico dims=16,32 --sparsity 0.4 --prune-every 1"
+
+
+@pytest.fixture(scope="module")
+def sparse_base(tmp_path_factory) -> tuple[dict, dict]:
+    return run(tmp_path_factory.mktemp("sparse_base"), SPARSE_BASE)
+
+
+@pytest.mark.parametrize("words", [
+    "--sparsity 0", "--sparsity 0.6", "--sparse-init snip-mask", "--sparse-init erk",
+    "--sparse-init uniform", "--sparse-layers large-kernel", "--prune-rate 0.5", "--prune-every 0",
+    "--growth gradient", "--growth momentum"])
+def test_sparsity_flags_matter(sparse_base, tmp_path, words):
+    saved, log = sparse_base
+    changed, changed_log = run(tmp_path, f"{SPARSE_BASE} {words}")
+    assert differs(saved["model"], changed["model"])
+    assert log["train_loss"] != changed_log["train_loss"]
+
+
 def test_warmup_in_epochs_sets_the_steps(tmp_path):
     words = " ".join(BASE).replace("--warmup-steps 1", "--warmup-epochs 0.5").split()
     assert train_kd.main([*words, "--output-dir", str(tmp_path)]) == 0

@@ -62,3 +62,13 @@ def test_what_is_no_run_is_said_so(tmp_path, capsys, missing):
     (tmp_path / "file").touch()
     assert main([runs[0], str(tmp_path / "file")]) == 2
     assert "nothing to report on" in capsys.readouterr().err
+
+
+def test_sparse_and_dense_runs_are_told_apart(tmp_path, capsys):
+    runs = [write_run(tmp_path / "a", 60.0), write_run(tmp_path / "b", 61.0)]
+    args = yaml.safe_load((tmp_path / "b" / "args.yaml").read_text())
+    (tmp_path / "b" / "args.yaml").write_text(yaml.safe_dump({**args, "sparsity": 0.4}))
+    assert main(runs) == 0
+    table = rows(capsys)
+    assert "| none | small | ce | 3 | 1 | 60.00 | - |" in table
+    assert "| none | small, sparsity 0.4 | ce | 3 | 1 | 61.00 | - |" in table

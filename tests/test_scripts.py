@@ -1,6 +1,8 @@
 """The shell scripts: what they may assume, and what setup.sh says when something is missing."""
+import argparse
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -8,6 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+
+import train_kd
+from models import create_model
+from utils.registry import parse_spec
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "run_scripts").glob("*.sh"))
@@ -177,6 +184,69 @@ def test_training_scripts_set_up_and_take_paths_from_the_environment(path):
     if "--data-path" in text:
         (name,) = set(re.findall(r'--data-path "?\$\{?(\w+)', text))
         assert re.search(rf"^{name}=\$\{{{name}:[?-]", text, re.MULTILINE), name
+
+
+RECORDING = """#!/usr/bin/env bash
+# In place of Python: notes what would be trained; everything else is done.
+if [[ " $* " == *" train_kd.py "* ]]; then printf '%s\\n' "$*" >> "$ASKED"
+elif [[ " $* " == *" analysis.report "* ]]; then exit 0
+else exec "$REAL" "$@"; fi
+"""
+
+
+def trainings(path: Path, tmp_path: Path, *words: str) -> list[argparse.Namespace]:
+    """The command lines that a script starts, parsed by the program itself."""
+    fake, asked = tmp_path / "python", tmp_path / "asked"
+    fake.write_text(RECORDING)
+    fake.chmod(0o755)
+    result = bash(shlex.join(["bash", str(path), *words]), ROOT, L2S_PYTHON=str(fake),
+                  ASKED=str(asked), REAL=sys.executable, DATA=str(tmp_path),
+                  RUNS=str(tmp_path / "runs"), SEEDS="0 1")
+    assert result.returncode == 0, result.stderr
+    lines = [line.partition("train_kd.py ")[2] for line in asked.read_text().splitlines()]
+    return [train_kd.build_parser().parse(shlex.split(line)) for line in lines]
+
+
+ARGUMENTS = {"train_slak_t_120ep.sh": ["31"]}  # of scripts that need one
+EXPERIMENTS = [path for path in RUNNABLE if any(map(TRAINING.search, joined_lines(path)))]
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, **NAMES)
+def test_what_scripts_train_can_be_built(path, tmp_path):
+    runs = trainings(path, tmp_path, *ARGUMENTS.get(path.name, []))
+    assert runs
+    for run in runs:
+        for words in (run.teacher, run.student):
+            name, options = parse_spec(words, "NAME")
+            if name != "none":
+                with torch.device("meta"):
+                    create_model(name, 10, **options)
+
+
+@pytest.mark.parametrize("name, expected", [
+    ("train_slak_t_300ep.sh", (["slak_t", "drop_path=0.1"], 0.4, 2000, 0.5)),
+    ("train_slak_s_300ep.sh", (["slak_s", "drop_path=0.4"], 0.4, 100, 0.3)),
+    ("train_slak_b_300ep.sh", (["slak_b", "drop_path=0.5"], 0.4, 100, 0.3)),
+    ("train_convnext_t_300ep.sh", (["convnext_t", "drop_path=0.1"], 0.0, 100, 0.3)),
+    ("train_convnext_s_300ep.sh", (["convnext_s", "drop_path=0.4"], 0.0, 100, 0.3))])
+def test_teachers_are_trained_with_the_published_settings(name, expected, tmp_path):
+    (run,) = trainings(ROOT / "run_scripts" / name, tmp_path)
+    assert (run.student, run.sparsity, run.prune_every, run.prune_rate) == expected
+    assert (run.epochs, run.effective_batch, run.lr, run.warmup_epochs) == (300, 4096, 4e-3, 20)
+    assert run.teacher == ["none"] and run.model_ema and run.sparse_init == "snip"
+    assert run.growth == "random" and run.weight_decay == 0.05
+
+
+@pytest.mark.parametrize("kernel, sizes", [
+    ("31", "31,29,27,13,5"), ("51", "51,49,47,13,5"), ("61", "61,59,57,13,5")])
+def test_the_kernel_is_an_argument(kernel, sizes, tmp_path):
+    path = ROOT / "run_scripts" / "train_slak_t_120ep.sh"
+    (run,) = trainings(path, tmp_path, kernel, "--sparse-init", "erk")
+    assert run.student == ["slak_t", "drop_path=0.1", f"kernel_size={sizes}"]
+    assert run.epochs == 120 and run.sparse_init == "erk"
+    for wrong in ("", "41"):
+        result = bash(f"bash {path} {wrong}", ROOT)
+        assert result.returncode == 2 and "31, 51 or 61" in result.stderr
 
 
 def test_the_checks_can_fail(tmp_path):

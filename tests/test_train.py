@@ -1,6 +1,7 @@
 """The program as users start it: one process or two, stopped anywhere and continued."""
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -218,3 +219,57 @@ def test_compile_gives_the_same_losses_and_the_same_names(tmp_path, monkeypatch)
     assert plain["model"].keys() == compiled["model"].keys()
     losses = [read_log(tmp_path / name)[0]["train_loss"] for name in ("plain", "compiled")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_sparse_run_killed_after_its_masks_changed_goes_on(tmp_path, monkeypatch):
+    """The checkpoint falls right on a change of the masks: what was grown is still zero in it."""
+    words = ["--teacher", "none", "--student", "slak_pico", "dims=16,32", "--sparsity", "0.4",
+             "--prune-every", "3", "--growth", "gradient", "--model-ema", "--save-every-steps", "6"]
+    assert train(tmp_path / "whole", *words) == 0
+    with monkeypatch.context() as patch:
+        kill_at(patch, step=7)
+        with pytest.raises(Killed):
+            train(tmp_path / "cut", *words)
+    saved = last_checkpoint(tmp_path / "cut")
+    assert saved["step"] == saved["sparsity"]["changed_at"] == 6
+    assert train(tmp_path / "cut", *words) == 0
+    whole, cut = last_checkpoint(tmp_path / "whole"), last_checkpoint(tmp_path / "cut")
+    whole["args"].pop("output_dir"), cut["args"].pop("output_dir")
+    assert_identical(whole, cut)
+    assert whole["sparsity"]["num_changes"] == 6  # of 20 updates
+
+
+# Started by torchrun: train_kd.py, but every save compares the processes' masks and weights.
+COMPARING = '''
+import sys
+import train_kd
+from utils.distributed import gather_objects
+
+save = train_kd.save
+
+def compare(args, state, folder, names):
+    sparsity = state.sparsity
+    for name, mask in sparsity.masks.items():
+        everywhere = gather_objects((mask, sparsity.weights[name].detach()))
+        assert all(m.equal(mask) for m, _ in everywhere), name
+        assert all(not (w[~m] != 0).any() for m, w in everywhere), name
+    if names == ["checkpoint-last.pth"]:
+        print(f"compared {len(sparsity.masks)} after {sparsity.num_changes} changes", flush=True)
+    save(args, state, folder, names)
+
+train_kd.save = compare
+sys.exit(train_kd.main())
+'''
+
+
+def test_two_processes_have_the_same_masks(tmp_path):
+    """Although each has its own share of the pictures, for SNIP, too."""
+    program = tmp_path / "comparing.py"
+    program.write_text(f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\n{COMPARING}")
+    words = ["--teacher", "none", "--student", "slak_pico", "dims=16,32", "--sparsity", "0.4",
+             "--prune-every", "3", "--growth", "gradient", "--model-ema", "--batch-size", "4"]
+    printed = torchrun(*SMALL, *words, "--output-dir", str(tmp_path / "runs"),
+                       program=str(program))
+    assert "= 2 process(es) x 4 images x 2 accumulated" in printed
+    compared = re.findall(r"compared (\d+) after (\d+) changes", printed)
+    assert len(compared) == 2 + 2 and compared[-1][1] == "6" and int(compared[0][0]) > 10
