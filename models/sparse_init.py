@@ -110,7 +110,8 @@ def snip_scores(model: VisionModel, weights: Mapping[str, nn.Parameter], images:
     copied = copy.deepcopy(model).train()
     parameters = dict(copied.named_parameters())
     chosen = [parameters[name] for name in weights]
-    grads = torch.autograd.grad(F.cross_entropy(copied(images), labels), chosen)
+    loss = F.cross_entropy(copied(images), labels)
+    grads = torch.autograd.grad(loss, chosen, materialize_grads=True)  # zeros where none
     return {name: (weight.detach() * grad).abs()
             for name, weight, grad in zip(weights, chosen, grads)}
 

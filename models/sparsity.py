@@ -134,13 +134,16 @@ class SparseMask:
                 if isinstance(value, Tensor) and value.shape == weight.shape]
 
     def _is_due(self, step: int) -> bool:
-        """Whether a multiple of `prune_every` was reached since the last change. Gradients that
-        overflowed rank nothing: then the change waits for the next update."""
+        """Whether a multiple of `prune_every` was reached since the last change. What overflowed
+        ranks nothing, and the optimizer then skipped its update: the change waits for the next."""
         every = self.prune_every
         if not every or step >= self.total_steps or step // every == self.changed_at // every:
             return False
-        return self.growth != "gradient" or all(
-            bool(self.weights[name].grad.isfinite().all()) for name in self.masks)
+        weights = [self.weights[name] for name in self.masks]
+        if self.growth == "momentum":
+            return all("exp_avg" in self.optimizer.state.get(weight, {}) for weight in weights)
+        return self.growth == "random" or all(
+            bool(weight.grad.isfinite().all()) for weight in weights)
 
     @torch.no_grad()
     def _change(self, name: str, index: int, step: int) -> None:

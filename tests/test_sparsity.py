@@ -365,6 +365,16 @@ def test_gradients_that_overflowed_rank_nothing():
     assert state.sparsity.num_changes == 2  # the next is where it always was
 
 
+def test_momentum_growth_waits_for_the_first_moments():
+    state = sparse_state(growth="momentum", prune_every=1, fp16_scaler=True)
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** 40)
+    update(state, amp_dtype=torch.float16)
+    assert state.step == 1 and state.sparsity.num_changes == 0
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    update(state, amp_dtype=torch.float16)
+    assert state.sparsity.num_changes == 1
+
+
 def test_growth_depends_on_seed_and_step_alone():
     masks = []
     for seed in (0, 0, 1):
