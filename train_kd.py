@@ -21,6 +21,7 @@ import data
 import engine
 import losses
 import models
+from analysis.describe import describe_cost, describe_network
 from models.distiller import Distiller
 from models.sparse_init import INITS, LAYERS
 from models.sparsity import GROWTHS, SparseMask
@@ -132,6 +133,8 @@ def _add_run_flags(parser: config.Parser) -> None:
     flag("--save-every-steps", type=int, default=0,
          help="updates between checkpoint-last.pth within an epoch, 0 = at its end only")
     flag("--print-every", type=int, default=50, help="updates between looks at the loss")
+    flag("--dry-run", action=argparse.BooleanOptionalAction, default=False,
+         help="build everything, print it and its cost, stop; published weights are not fetched")
     flag("--tensorboard", action=argparse.BooleanOptionalAction, default=False,
          help="write events beside log.txt (needs the package tensorboard)")
     flag("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to train")
@@ -180,8 +183,11 @@ def run(args: argparse.Namespace) -> int:
     if saved is not None:
         run_folder.restore(parts.state, *saved)
     is_resumed, saved = saved is not None, None  # else it would stay in memory for the whole run
-    log = start_folder(args, folder)
     describe_run(args, parts, folder, is_resumed)
+    if args.dry_run:
+        say("dry run: nothing was trained, nothing written")
+        return 0
+    log = start_folder(args, folder)
     with closing(parts.train), closing(parts.val), distributed.StopRequest() as stop:
         return train(args, parts, schedule, folder, log=log, stop=stop)
 
@@ -250,7 +256,7 @@ def build_parts(args: argparse.Namespace, device: torch.device, sources: list,
     torch.manual_seed(fold_seed(args.seed, "student"))
     student = build_model(args.student, "--student", args.num_classes,
                           args.student_weights if is_new else "random",
-                          args.student_weights_key)
+                          args.student_weights_key, args.dry_run)
     if student.input_size not in (None, args.input_size):
         raise UserError(f"--student {args.student[0]} takes {student.input_size} px only, and "
                         f"--input-size is {args.input_size}.")
@@ -287,10 +293,11 @@ def build_parts(args: argparse.Namespace, device: torch.device, sources: list,
 
 
 def build_model(words: list[str], flag: str, num_classes: int, weights: str,
-                weights_key: str | None) -> models.VisionModel:
+                weights_key: str | None, dry_run: bool) -> models.VisionModel:
     name, options = parse_spec(words, flag)
     model = models.create_model(name, num_classes, **options)
-    fetch_weights(model, name, weights, f"{flag}-weights", weights_key)
+    if not (dry_run and weights == "published"):
+        fetch_weights(model, name, weights, f"{flag}-weights", weights_key)
     return model
 
 
@@ -299,7 +306,7 @@ def build_teacher(args: argparse.Namespace, student: models.VisionModel) -> Froz
         return None
     torch.manual_seed(fold_seed(args.seed, "teacher"))
     model = build_model(args.teacher, "--teacher", args.num_classes, args.teacher_weights,
-                        args.teacher_weights_key)
+                        args.teacher_weights_key, args.dry_run)
     return FrozenTeacher(model, student.input_mean, student.input_std)
 
 
@@ -374,11 +381,9 @@ def describe_run(args: argparse.Namespace, parts: Parts, folder: Path, resumed: 
     if parts.teacher is not None:
         who.insert(0, ("teacher", args.teacher, parts.teacher, args.teacher_weights))
     for role, words, model, weights in who:
-        size = model.input_size or args.input_size
-        stages = " | ".join(f"{channels}x{math.ceil(size / stride)}^2"
-                            for channels, stride in model.feature_info)
-        say(f"{role}: {' '.join(words)}, weights {weights}, {model.num_parameters:,} parameters, "
-            f"stages {stages}")
+        say(describe_network(role, words, model, weights, args.input_size))
+    if args.dry_run:
+        say(describe_cost(student, parts.teacher, args.input_size, keeps_average=args.model_ema))
     weights = parts.state.distiller.weights
     say("loss: " + " + ".join(
         f"{weights[words[0]]:g} x " + " ".join(w for w in words if not w.startswith("weight="))
@@ -406,7 +411,7 @@ def train(args: argparse.Namespace, parts: Parts, schedule: Callable, folder: Pa
         say(f"nothing to do: all {args.epochs} epochs are done. Set another --output-dir to train "
             "again.")
         return 0
-    reference = teacher_predictions(parts)
+    reference, teacher_acc1 = teacher_predictions(parts)
 
     def after_update(state: engine.TrainState) -> bool:
         is_stopping = stop.agreed()
@@ -428,7 +433,7 @@ def train(args: argparse.Namespace, parts: Parts, schedule: Callable, folder: Pa
             distributed.broadcast_buffers(network)  # what is evaluated is what is saved
         save(args, state, folder, [run_folder.LAST])  # whatever the evaluation may meet
         record = finish_epoch(args, parts, means, reference)
-        record["train_lr"] = schedule(state.step - 1)["lr"]
+        record |= {"train_lr": schedule(state.step - 1)["lr"], "teacher_acc1": teacher_acc1}
         log.write(record)
         best = [suffix for suffix in state.networks() if record[f"is_best{suffix}"]]
         save(args, state, folder, run_folder.checkpoint_names(
@@ -440,17 +445,17 @@ def train(args: argparse.Namespace, parts: Parts, schedule: Callable, folder: Pa
     return 0
 
 
-def teacher_predictions(parts: Parts) -> torch.Tensor | None:
-    """The teacher's class for every validation image of this process, computed once."""
+def teacher_predictions(parts: Parts) -> tuple[torch.Tensor | None, float | None]:
+    """The teacher's class for every validation image of this process, and its top-1."""
     if parts.teacher is None:
-        return None
+        return None, None
     result = engine.evaluate(parts.teacher, parts.val, options=parts.options,
                              description="teacher")
     say(f"teacher: top-1 {result.acc1:.2f} %, top-5 {result.acc5:.2f} % on the "
         f"{result.num_samples:,} validation images, at the student's input size")
     predictions = torch.full((parts.val.num_samples,), -1)
     predictions[result.samples["index"]] = result.samples["top5"][:, 0]
-    return predictions
+    return predictions, result.acc1
 
 
 def finish_epoch(args: argparse.Namespace, parts: Parts, means: dict[str, float],
@@ -486,13 +491,8 @@ def finish_epoch(args: argparse.Namespace, parts: Parts, means: dict[str, float]
 def save(args: argparse.Namespace, state: engine.TrainState, folder: Path,
          names: list[str]) -> None:
     """Write the whole state to each of `names`. Called by all processes; the first one writes."""
-    content = state.state_dict()
-    if distributed.is_main():
-        content |= {"args": config.plain(args), "git": args.git}
-        for name in names:
-            checkpoint.save_atomically(content, folder / name)
-        checkpoint.keep_last(folder, "checkpoint-[0-9]*.pth", args.save_num)
-    distributed.barrier()
+    content = {**state.state_dict(), "args": config.plain(args), "git": args.git}
+    run_folder.save(content, folder, names, keep=args.save_num)
 
 
 if __name__ == "__main__":

@@ -8,24 +8,20 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import engine
 import models
-from losses import create_loss
-from models.distiller import Distiller
+from analysis.random_step import no_mix, random_batches, random_state
 from models.sparsity import SparseMask
-from utils import optim
 from utils.checkpoint import write_text_atomically
 from utils.config import Parser
 from utils.distributed import setup
-from utils.ema import ModelEma
 from utils.errors import UserError
 from utils.log import peak_memory_gib, progress
 from utils.registry import parse_spec
@@ -53,27 +49,6 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def random_batches(options: engine.StepOptions, batch_size: int, input_size: int,
-                   num_classes: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """The same random batch for ever, on the device: loading is not what is measured."""
-    images = torch.randn(batch_size, 3, input_size, input_size)
-    batch = options.to_device(images, torch.randint(num_classes, (batch_size,)))
-    while True:
-        yield *batch, torch.arange(batch_size)
-
-
-def supervised_state(model: models.VisionModel, options: engine.StepOptions) -> engine.TrainState:
-    """Cross-entropy, AdamW and averaged weights, as SLaK is trained."""
-    distiller = Distiller(model, {"ce": create_loss("ce", model.feature_info)}, {"ce": 1.0})
-    distiller.to(options.device, memory_format=options.memory_format).train()
-    optimizer = optim.build_adamw(optim.parameter_groups(distiller, 0.05), lr=1e-4,
-                                  betas=(0.9, 0.999), eps=1e-8)
-    return engine.TrainState(
-        distiller=distiller, wrapped=distiller, optimizer=optimizer, ema=ModelEma(model),
-        scaler=torch.amp.GradScaler(options.device.type,
-                                    enabled=options.amp_dtype is torch.float16))
-
-
 KINDS = ("no masks", "masks", "masks that change")
 
 
@@ -82,7 +57,7 @@ def time_masking(model: models.VisionModel, options: engine.StepOptions, *, batc
                  ) -> tuple[dict[str, list[float]], float]:
     """Seconds of forward and backward ("gradients of KIND"), and of the rest of the update
     ("KIND"): optimizer, masks, average. And the bytes of masks per weight of the network."""
-    state = supervised_state(model, options)
+    state = random_state(model, None, [["ce"]], options, keeps_average=True)
     masks = SparseMask(model, state.optimizer, total_steps=10 ** 9, growth=growth, prune_every=2)
     masks.start("uniform", 1 - sparsity, first_batch=lambda: None)
     batches = random_batches(options, batch_size, input_size, model.num_classes)
@@ -102,10 +77,6 @@ def time_masking(model: models.VisionModel, options: engine.StepOptions, *, batc
     num_bytes = sum(mask.numel() * mask.element_size() for mask in masks.masks.values())
     seconds = time_interleaved(actions, repeats, options.device)
     return seconds, num_bytes / model.num_parameters
-
-
-def no_mix(images: Tensor, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    return images, labels
 
 
 def masking_table(seconds: dict[str, list[float]], prune_every: int) -> tuple[str, float]:

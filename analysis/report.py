@@ -1,8 +1,11 @@
-"""One table of any number of runs: accuracy over seeds, and the gain from the teacher.
+"""One table of any number of runs: accuracy over seeds, and what the students gain from teachers.
 
     python -m analysis.report runs/*
+    python -m analysis.report runs/* --out gains      # also writes gains.md and gains.csv
 """
 import argparse
+import csv
+import io
 import json
 import re
 import statistics
@@ -12,14 +15,25 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from utils.checkpoint import write_text_atomically
 from utils.config import Parser
-from utils.errors import UserError
+from utils.errors import UserError, one_line
 from utils.run_folder import FREE_ON_RESUME
 
 # What may differ between runs of one row: the seed, and where and how they ran.
 NOT_COMPARED = FREE_ON_RESUME - {"student_weights", "student_weights_key"} | {"seed"}
 # What may also differ between a distilled run and the supervised one its gain is measured against.
-TEACHING = {"teacher", "teacher_weights", "loss"}
+TEACHING = NOT_COMPARED | {"teacher", "teacher_weights", "teacher_weights_key", "loss"}
+NEEDED = {"teacher": list, "student": list, "loss": list, "epochs": int, "seed": int}
+
+MARK = "<!-- written by python -m analysis.report -->"  # by which it knows its own files
+DEFINITIONS = """\
+- top-1: last epoch (of averaged weights if kept), mean +- sample standard deviation over n seeds.
+- teacher top-1: on the same images at the student's input size, mean over the seeds.
+- direct gain: points over the supervised run with the same student, recipe and epochs.
+- relative gain: direct gain / (teacher top-1 - supervised top-1); 1 is the teacher's accuracy. '-'
+  where that lead is unknown or, to two decimals, not positive: the ratio is undefined or misleading
+  when the student already equals the teacher."""
 
 
 class Run(NamedTuple):
@@ -27,28 +41,55 @@ class Run(NamedTuple):
     args: dict[str, Any]
     acc1: float  # last epoch, percent; of the averaged weights when the run kept them
     num_epochs_done: int
+    teacher_acc1: float | None = None  # percent
+
+
+class Row(NamedTuple):
+    """One setting: a line of the tables, a record of the CSV."""
+    teacher: str
+    teacher_acc1: float | None
+    student: str
+    loss: str
+    epochs: int
+    n: int  # seeds
+    acc1: float
+    acc1_std: float | None  # None for one seed
+    direct_gain: float | None
+    relative_gain: float | None
+    not_compared: str  # why a distilled student has no gain
+    runs: str
 
 
 def read_run(folder: Path) -> Run:
     """A run folder's settings and its last line of log.txt; UserError where there is none."""
     try:
         args = yaml.safe_load((folder / "args.yaml").read_text())
-        records = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
-    except OSError as error:
+        last = last_record(folder / "log.txt")
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{folder} (no run with a finished epoch: {Path(error.filename).name} is "
                         "missing)") from None
-    if not records:
-        raise UserError(f"{folder} (no finished epoch)")
-    last = records[-1]
-    return Run(folder, args, last.get("test_acc1_ema", last["test_acc1"]), last["epoch"] + 1)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{folder} (args.yaml or log.txt is damaged: {one_line(error)})") from None
+    wrong = [name for name, kind in NEEDED.items()
+             if not isinstance(args, dict) or not isinstance(args.get(name), kind)]
+    if wrong:
+        raise UserError(f"{folder} (args.yaml has no valid {', '.join(wrong)})")
+    return Run(folder, args, last.get("test_acc1_ema", last["test_acc1"]), last["epoch"] + 1,
+               last.get("teacher_acc1"))
 
 
-def group_key(args: dict[str, Any], left_out: frozenset[str]) -> str:
-    """The settings as text, but for some. Each seed may have the teacher of its own seed."""
-    kept = {name: value for name, value in args.items() if name not in left_out}
-    if "teacher_weights" in kept:
-        kept["teacher_weights"] = re.sub(r"-seed\d+", "", kept["teacher_weights"])
-    return json.dumps(kept)
+def last_record(path: Path) -> dict[str, Any]:
+    record = None
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            record = json.loads(line)
+            sum([record["epoch"], record["test_acc1"]])  # both there, and numbers
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path.parent} (line {number} of {path} is no JSON object with epoch "
+                            "and test_acc1)") from None
+    if record is None:
+        raise UserError(f"{path.parent} (no finished epoch)")
+    return record
 
 
 def read_runs(folders: list[Path]) -> tuple[list[Run], list[str]]:
@@ -64,63 +105,151 @@ def read_runs(folders: list[Path]) -> tuple[list[Run], list[str]]:
     return runs, left_out
 
 
-def table(runs: list[Run], unreadable: list[str]) -> str:
-    """A Markdown table, one row per setting, and the runs that are left out with the reason."""
-    groups, left_out = group_runs(runs)
-    supervised = {group_key(group[0].args, NOT_COMPARED | TEACHING): mean(group)
-                  for group in groups if group[0].args["teacher"] == ["none"]}
-    rows = ["| teacher | student | loss | epochs | n | top-1 % | direct gain |",
-            "|---|---|---|---:|---:|---:|---:|"]
-    for group in groups:
-        args = group[0].args
-        baseline = supervised.get(group_key(args, NOT_COMPARED | TEACHING))
-        gain = "-"
-        if args["teacher"] != ["none"] and baseline is not None:
-            gain = f"{mean(group) - baseline:+.2f}"
-        loss = " + ".join(" ".join(words) for words in args["loss"])
-        student = " ".join(args["student"])
-        if args.get("sparsity"):
-            student += f", sparsity {args['sparsity']:g}"
-        rows.append(f"| {' '.join(args['teacher'])} | {student} | {loss} | "
-                    f"{args['epochs']} | {len(group)} | {spread(group)} | {gain} |")
-    notes = ["", "top-1: last epoch, mean +- sample standard deviation over n seeds. Direct gain: "
-             "points over the supervised run with the same student, recipe and epochs."]
-    return "\n".join(rows + notes + [f"left out: {reason}" for reason in unreadable + left_out])
+def is_supervised(run: Run) -> bool:
+    return run.args["teacher"] == ["none"]
+
+
+def settings(run: Run, left_out: frozenset[str] = NOT_COMPARED) -> dict[str, Any]:
+    """What runs of one row share. Each seed may have the teacher of its own seed."""
+    if is_supervised(run):
+        left_out |= {"teacher_weights", "teacher_weights_key"}
+    return {name: re.sub(r"-seed\d+", "", value) if name == "teacher_weights" else value
+            for name, value in run.args.items() if name not in left_out}
+
+
+def differing(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
+    return [name for name in {**first, **second}
+            if first.get(name, "not set") != second.get(name, "not set")]
+
+
+def in_words(values: dict[str, Any], names: list[str]) -> str:
+    """'lr 0.01, opt_betas 0.9 0.95'"""
+    found = [(name, values.get(name, "not set")) for name in names]
+    return ", ".join(f"{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+                     for name, value in found)
 
 
 def group_runs(runs: list[Run]) -> tuple[list[list[Run]], list[str]]:
     """Finished runs that differ in their seed only, together; and why the others are left out."""
-    groups: dict[str, list[Run]] = {}
+    groups: list[list[Run]] = []
     left_out = []
     for run in runs:
-        group = groups.setdefault(group_key(run.args, NOT_COMPARED), [])
-        twin = next((other for other in group if other.args["seed"] == run.args["seed"]), None)
         if run.num_epochs_done != run.args["epochs"]:
             left_out.append(f"{run.folder} (epoch {run.num_epochs_done} of {run.args['epochs']})")
-        elif twin is not None:
-            left_out.append(f"{run.folder} (same settings and seed as {twin.folder})")
-        else:
+            continue
+        group = next((group for group in groups if settings(group[0]) == settings(run)), [])
+        twins = [other.folder for other in group if other.args["seed"] == run.args["seed"]]
+        if twins:
+            left_out.append(f"{run.folder} (same settings and seed as {twins[0]})")
+        elif group:
             group.append(run)
-    return [group for group in groups.values() if group], left_out
+        else:
+            groups.append([run])
+    return groups, left_out
 
 
-def mean(group: list[Run]) -> float:
-    return statistics.mean(run.acc1 for run in group)
+def find_baseline(run: Run, groups: list[list[Run]]) -> tuple[float | None, str]:
+    """Top-1 without the teacher; or None, and in what the nearest run of this student differs."""
+    wanted, student = settings(run, TEACHING), run.args["student"][0]
+    candidates = [(differing(wanted, settings(group[0], TEACHING)), group) for group in groups
+                  if is_supervised(group[0]) and group[0].args["student"][0] == student]
+    if not candidates:
+        return None, f"no finished supervised run of {student}"
+    names, nearest = min(candidates, key=lambda candidate: len(candidate[0]))
+    if not names:
+        return statistics.mean(other.acc1 for other in nearest), ""
+    return None, (f"no finished supervised run with {in_words(wanted, names)} (nearest: "
+                  f"{nearest[0].folder}, {in_words(settings(nearest[0]), names)})")
 
 
-def spread(group: list[Run]) -> str:
-    if len(group) == 1:
-        return f"{group[0].acc1:.2f}"
-    return f"{mean(group):.2f} +- {statistics.stdev(run.acc1 for run in group):.2f}"
+def make_row(group: list[Run], groups: list[list[Run]]) -> Row:
+    run, acc1 = group[0], statistics.mean(run.acc1 for run in group)
+    baseline, not_compared = (None, "") if is_supervised(run) else find_baseline(run, groups)
+    student = " ".join(run.args["student"])
+    if run.args.get("sparsity"):
+        student += f", sparsity {run.args['sparsity']:g}"
+    teacher = direct = relative = None
+    if all(run.teacher_acc1 is not None for run in group):
+        teacher = statistics.mean(run.teacher_acc1 for run in group)
+    if baseline is not None:
+        direct = acc1 - baseline
+        if teacher is not None and round(teacher - baseline, 2) > 0:
+            relative = direct / (teacher - baseline)
+    std = statistics.stdev(run.acc1 for run in group) if len(group) > 1 else None
+    return Row(" ".join(run.args["teacher"]), teacher, student,
+               " + ".join(" ".join(words) for words in run.args["loss"]), run.args["epochs"],
+               len(group), acc1, std, direct, relative, not_compared,
+               ", ".join(str(run.folder) for run in group))
+
+
+def markdown_table(rows: list[Row]) -> str:
+    lines = ["| teacher | teacher top-1 | student | loss | epochs | n | top-1 % | direct gain | "
+             "relative gain |", "|---|---:|---|---|---:|---:|---:|---:|---:|"]
+    for row in rows:
+        spread = "" if row.acc1_std is None else f" +- {row.acc1_std:.2f}"
+        teacher = "-" if row.teacher_acc1 is None else f"{row.teacher_acc1:.2f}"
+        gains = " | ".join("-" if gain is None else f"{gain:+.2f}"
+                           for gain in (row.direct_gain, row.relative_gain))
+        lines.append(f"| {row.teacher} | {teacher} | {row.student} | {row.loss} | {row.epochs} | "
+                     f"{row.n} | {row.acc1:.2f}{spread} | {gains} |")
+    return "\n".join(lines)
+
+
+def markdown(rows: list[Row], left_out: list[str]) -> str:
+    """The table and its definitions; apart from it, what could not be compared and why."""
+    compared = [row for row in rows if not row.not_compared]
+    others = [row for row in rows if row.not_compared]
+    parts = [markdown_table(compared)] if compared else []
+    if others:
+        parts += ["Without a supervised run to compare with:", markdown_table(others),
+                  "\n".join(f"- {row.runs}: {row.not_compared}" for row in others)]
+    parts.insert(1 if compared else len(parts), DEFINITIONS)
+    names = [(row.teacher, row.student, row.loss, row.epochs) for row in compared]
+    notes = [f"- same names, other settings: {row.acc1:.2f} is {row.runs}"
+             for row, name in zip(compared, names) if names.count(name) > 1]
+    notes += [f"- left out: {reason}" for reason in left_out]
+    return "\n\n".join(parts + ["\n".join(notes)]).rstrip()
+
+
+def csv_text(rows: list[Row]) -> str:
+    """Named columns, points and ratios to four decimals, an empty cell for what is not known."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(Row._fields)
+    writer.writerows([round(value, 4) if isinstance(value, float) else value for value in row]
+                     for row in rows)
+    return file.getvalue()
+
+
+def write_files(base: Path, texts: dict[str, str]) -> None:
+    """`texts` by suffix. UserError for a folder that is not there, or a file of another kind."""
+    if not base.name or not base.parent.is_dir():
+        raise UserError(f"--out {base} is no name in an existing folder; make {base.parent} or "
+                        "name another.")
+    files = {Path(f"{base}{suffix}"): text for suffix, text in texts.items()}
+    for path, text in files.items():
+        first_line = text.splitlines()[0].encode()
+        if path.exists() and not (path.is_file() and path.read_bytes().startswith(first_line)):
+            raise UserError(f"--out {base} would overwrite {path}, which this command did not "
+                            "write. Give another name.")
+    for path, text in files.items():
+        write_text_atomically(text, path)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="analysis.report", description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", type=Path, help="run folders")
+    parser.add_argument("--out", type=Path, metavar="NAME", help="also write NAME.md and NAME.csv")
     try:
         args: argparse.Namespace = parser.parse(sys.argv[1:] if argv is None else argv)
-        print(table(*read_runs(args.runs)))
-    except UserError as error:
+        runs, unreadable = read_runs(args.runs)
+        groups, left_out = group_runs(runs)
+        rows = [make_row(group, groups) for group in groups]
+        text = markdown(rows, unreadable + left_out)
+        print(text)
+        if args.out is not None:
+            write_files(args.out, {".md": f"{MARK}\n{text}\n", ".csv": csv_text(rows)})
+    except (UserError, OSError) as error:  # the latter: a file at --out may not be read
         print(f"analysis.report: error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -83,3 +83,8 @@ def check_fraction(what: str, value: float) -> None:
 def check_positive(what: str, value: float) -> None:
     if not 0 < value < torch.inf:
         raise UserError(f"{what} must be a positive number, got {value}.")
+
+
+def check_not_negative(what: str, value: float) -> None:
+    if not 0 <= value < torch.inf:
+        raise UserError(f"{what} must not be negative or infinite, got {value}.")

@@ -34,8 +34,8 @@ class FeatureDistillation(Loss):
         self.kind, self.beta, self.whiten = kind, beta, whiten
         self.stages = features if isinstance(features, (tuple, list)) else (features,)
         self.projections = nn.ModuleList()
-        for student, teacher in _stage_pairs(student_info, teacher_info or student_info,
-                                             self.stages):
+        for student, teacher in stage_pairs("fd", student_info, teacher_info or student_info,
+                                            self.stages):
             self.projections.append(_projection(student.channels, teacher.channels, project))
 
     def forward(self, student: ModelOutput, teacher: ModelOutput, targets: Tensor) -> Tensor:
@@ -56,14 +56,17 @@ class FeatureDistillation(Loss):
         return F.smooth_l1_loss(student, teacher, beta=self.beta)
 
 
-def _stage_pairs(student_info: tuple[FeatureInfo, ...], teacher_info: tuple[FeatureInfo, ...],
-                 stages: tuple[int, ...]) -> list[tuple[FeatureInfo, FeatureInfo]]:
+def stage_pairs(name: str, student_info: tuple[FeatureInfo, ...],
+                teacher_info: tuple[FeatureInfo, ...], stages: tuple[int, ...]
+                ) -> list[tuple[FeatureInfo, FeatureInfo]]:
+    """What both networks declare of these stages. Raises UserError, for the loss `name`."""
     for who, info in (("student", student_info), ("teacher", teacher_info)):
         wrong = [s for s in stages if type(s) is not int or not -len(info) <= s < len(info)]
         if wrong or not stages:
-            raise UserError(f"fd features={','.join(map(str, stages))}: the {who} has {len(info)} "
-                            f"stage(s), so indices lie in [{-len(info)}, {len(info) - 1}]. Match "
-                            "the last one only with the option features=-1.")
+            raise UserError(f"{name} features={','.join(map(str, stages))}: the {who} has "
+                            f"{len(info)} stage(s), so indices lie in [{-len(info)}, "
+                            f"{len(info) - 1}]. Match the last one only with the option "
+                            "features=-1.")
     return [(student_info[stage], teacher_info[stage]) for stage in stages]
 
 

@@ -1,5 +1,6 @@
 """The contract of every network, teacher or student."""
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -34,6 +35,7 @@ class VisionModel(nn.Module):
     input_mean: tuple[float, float, float] = IMAGENET_MEAN  # what the weights expect
     input_std: tuple[float, float, float] = IMAGENET_STD
     input_size: int | None = None  # the only side length it accepts, in pixels; None: any
+    native_size: int | None = None  # of any, the one that published weights expect; None: 224
 
     def forward_with_features(self, images: Tensor) -> ModelOutput:
         """(N, 3, H, W) -> logits (N, num_classes) and one map per stage."""
@@ -50,6 +52,17 @@ class VisionModel(nn.Module):
     def fold(self) -> "VisionModel":
         """Fold, in place, what can be folded for inference without changing the function; self."""
         return self
+
+    @classmethod
+    def options_of(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Options of the constructor that the names and shapes of a state dict tell, to say which
+        network a file is of. May raise LookupError or ValueError for another architecture's."""
+        return {}
+
+    def translated(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A published state dict of this architecture under this class's names; `state` itself when
+        it has them already or is none that the class knows."""
+        return state
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that must not decay beside the 1-D ones."""

@@ -1,5 +1,6 @@
 """ResNet (He et al. 2016, arXiv 1512.03385), with the stride in the 3x3 convolution as in
-torchvision and timm. Module names are torchvision's, so its weights load."""
+torchvision and timm. Module names are torchvision's, so its weights load. ResNet-D (He et al. 2019,
+arXiv 1812.01187, figure 2) is its options `deep_stem` and `avg_down`, under timm's names."""
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -12,7 +13,8 @@ from utils.errors import UserError
 class BasicBlock(nn.Module):
     expansion = 1
 
-    def __init__(self, in_dim: int, dim: int, stride: int, drop_path: float) -> None:
+    def __init__(self, in_dim: int, dim: int, stride: int, drop_path: float, *,
+                 avg_down: bool = False) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_dim, dim, 3, stride=stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(dim)
@@ -20,7 +22,7 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(dim)
         self.relu = nn.ReLU(inplace=True)
         self.drop_path = DropPath(drop_path)
-        self.downsample = _shortcut(in_dim, dim, stride)
+        self.downsample = _shortcut(in_dim, dim, stride, avg_down)
         self.last_bn = "bn2"
 
     def forward(self, x: Tensor) -> Tensor:
@@ -32,7 +34,8 @@ class BasicBlock(nn.Module):
 class Bottleneck(nn.Module):
     expansion = 4
 
-    def __init__(self, in_dim: int, dim: int, stride: int, drop_path: float) -> None:
+    def __init__(self, in_dim: int, dim: int, stride: int, drop_path: float, *,
+                 avg_down: bool = False) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_dim, dim, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(dim)
@@ -42,7 +45,7 @@ class Bottleneck(nn.Module):
         self.bn3 = nn.BatchNorm2d(4 * dim)
         self.relu = nn.ReLU(inplace=True)
         self.drop_path = DropPath(drop_path)
-        self.downsample = _shortcut(in_dim, 4 * dim, stride)
+        self.downsample = _shortcut(in_dim, 4 * dim, stride, avg_down)
         self.last_bn = "bn3"
 
     def forward(self, x: Tensor) -> Tensor:
@@ -52,35 +55,62 @@ class Bottleneck(nn.Module):
         return self.relu(y + (x if self.downsample is None else self.downsample(x)))
 
 
-def _shortcut(in_dim: int, out_dim: int, stride: int) -> nn.Module | None:
+def _shortcut(in_dim: int, out_dim: int, stride: int, avg_down: bool) -> nn.Module | None:
+    """`avg_down` averages 2x2 before a convolution of stride 1, where a strided one would read a
+    quarter of the positions; odd maps keep their last row and column."""
     if stride == 1 and in_dim == out_dim:
         return None
-    return nn.Sequential(nn.Conv2d(in_dim, out_dim, 1, stride=stride, bias=False),
-                         nn.BatchNorm2d(out_dim))
+    layers = [nn.Conv2d(in_dim, out_dim, 1, stride=1 if avg_down else stride, bias=False),
+              nn.BatchNorm2d(out_dim)]
+    if avg_down:  # always index 0, as in timm
+        layers.insert(0, nn.Identity() if stride == 1 else nn.AvgPool2d(
+            2, stride, ceil_mode=True, count_include_pad=False))
+    return nn.Sequential(*layers)
+
+
+def _stem(dim: int, deep: bool) -> nn.Module:
+    """(N, 3, H, W) -> (N, dim, H / 2, W / 2), before its BatchNorm: 7x7, or three of 3x3."""
+    if not deep:
+        return nn.Conv2d(3, dim, 7, stride=2, padding=3, bias=False)
+    if dim < 2:
+        raise UserError(f"deep_stem halves the first of dims, which must be 2 or more; got {dim}.")
+    half = dim // 2
+    return nn.Sequential(
+        nn.Conv2d(3, half, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(half), nn.ReLU(inplace=True),
+        nn.Conv2d(half, half, 3, padding=1, bias=False),
+        nn.BatchNorm2d(half), nn.ReLU(inplace=True),
+        nn.Conv2d(half, dim, 3, padding=1, bias=False))
 
 
 BLOCKS = {"basic": BasicBlock, "bottleneck": Bottleneck}
 
 
 @register_model("resnet_nano", block="basic", depths=(1, 1, 1, 1), dims=(16, 32, 64, 128))
+@register_model("resnet_d_nano", block="basic", depths=(1, 1, 1, 1), dims=(16, 32, 64, 128),
+                deep_stem=True, avg_down=True)
 @register_model("resnet18", block="basic", depths=(2, 2, 2, 2))
 @register_model("resnet34", block="basic", depths=(3, 4, 6, 3))
 @register_model("resnet50", block="bottleneck", depths=(3, 4, 6, 3))
+@register_model("resnet50d", block="bottleneck", depths=(3, 4, 6, 3), deep_stem=True, avg_down=True)
 @register_model("resnet101", block="bottleneck", depths=(3, 4, 23, 3))
 class ResNet(VisionModel):
     """`zero_init_residual` starts the last BatchNorm weight of every block at 0, as the timm
-    ResNets behind the published runs did; torchvision's default is off."""
+    ResNets behind the published runs did; torchvision's default is off. ResNet-D has both others:
+    `deep_stem`, three 3x3 convolutions for the 7x7 one, and `avg_down`, an average before the
+    convolution of a shortcut."""
 
     def __init__(self, num_classes: int = 1000, block: str = "bottleneck",
                  depths: Sequence[int] = (3, 4, 6, 3), dims: Sequence[int] = (64, 128, 256, 512),
-                 drop_path: float = 0.0, zero_init_residual: bool = True) -> None:
+                 drop_path: float = 0.0, zero_init_residual: bool = True,
+                 deep_stem: bool = False, avg_down: bool = False) -> None:
         super().__init__()
         if block not in BLOCKS:
             raise UserError(f"ResNet block must be one of {', '.join(BLOCKS)}; got {block!r}.")
         check_stages(depths, dims, smallest_depth=1)
         self.num_classes = num_classes
         self.relu = nn.ReLU(inplace=True)
-        self.conv1 = nn.Conv2d(3, dims[0], 7, stride=2, padding=3, bias=False)
+        self.conv1 = _stem(dims[0], deep_stem)
         self.bn1 = nn.BatchNorm2d(dims[0])
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         rates = iter(drop_path_rates(drop_path, sum(depths)))
@@ -89,7 +119,7 @@ class ResNet(VisionModel):
             blocks = []
             for j in range(depth):
                 stride = 2 if i > 0 and j == 0 else 1
-                blocks.append(BLOCKS[block](in_dim, dim, stride, next(rates)))
+                blocks.append(BLOCKS[block](in_dim, dim, stride, next(rates), avg_down=avg_down))
                 in_dim = dim * BLOCKS[block].expansion
             self.add_module(f"layer{i + 1}", nn.Sequential(*blocks))
         self.stage_names = [f"layer{i + 1}" for i in range(len(depths))]

@@ -8,7 +8,8 @@ Module names are those of the published checkpoints (`large_kernel.LoRA1`, which
 with low-rank adapters; `lkb_origin`).
 """
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -146,6 +147,41 @@ class SLaK(ConvNeXtFrame):
             if isinstance(module, ConvNeXtBlock) and isinstance(module.large_kernel, LargeKernel):
                 module.large_kernel = module.large_kernel.folded()
         return self
+
+    def convnext_state(self) -> dict[str, Tensor]:
+        """The state dict of the original ConvNeXt that is the same function in evaluation mode: the
+        BatchNorm after each 7x7 convolution becomes part of it. Raises UserError where the mixer is
+        more than one convolution."""
+        state = {name: value for name, value in self.state_dict().items()
+                 if ".large_kernel." not in name}
+        for name, module in self.named_modules():
+            if not isinstance(module, LargeKernel):
+                continue
+            folded = module.folded()
+            if len(folded.convs) > 1 or folded.convs[0].kernel_size != (7, 7):
+                raise UserError("only a 7x7 kernel without a parallel or decomposed one is that of "
+                                "a ConvNeXt; this is another SLaK.")
+            mixer = name.replace("large_kernel", "dwconv")
+            state[f"{mixer}.weight"] = folded.convs[0].weight.detach()
+            state[f"{mixer}.bias"] = folded.convs[0].bias.detach()
+        return state
+
+    @classmethod
+    def options_of(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
+        shapes = {name: value.shape for name, value in state.items()}
+        num_stages = 1 + max(int(name.split(".")[1]) for name in shapes
+                             if name.startswith("stages."))
+        mixers = [f"stages.{stage}.0.large_kernel." for stage in range(num_stages)]
+        decomposed = f"{mixers[0]}LoRA1.conv.weight" in shapes
+        first = "LoRA1" if decomposed else "lkb_origin"
+        kernels = [shapes[f"{mixer}{first}.conv.weight"][2] for mixer in mixers]
+        smalls = [shapes[name][2] for name in shapes if name.endswith("small_conv.conv.weight")]
+        if decomposed:
+            small = shapes[f"{mixers[0]}LoRA1.conv.weight"][3]
+        else:
+            small = smalls[0] if smalls else 100  # as published for none
+        return {"kernel_size": (*kernels, small), "decomposed": decomposed,
+                "bn": f"{mixers[0]}{first}.bn.weight" in shapes}
 
     def large_kernels(self) -> set[str]:
         """Of each block the k x N, N x k or k x k kernels, not the small one beside them."""

@@ -10,7 +10,7 @@ class FrozenTeacher(nn.Module):
     """`model` for inference only: evaluation mode for ever, no gradient, folded, channels-last.
 
     It takes the batches of the student, normalised with `data_mean` and `data_std`, and gives
-    `model` what its weights expect: its own normalisation and, where it has only one, its size.
+    `model` what its weights expect: its own normalisation and, where they have one, their size.
     """
 
     def __init__(self, model: VisionModel, data_mean: tuple[float, ...],
@@ -20,7 +20,7 @@ class FrozenTeacher(nn.Module):
         self.model = model.eval().fold().requires_grad_(False)
         self.model.to(memory_format=torch.channels_last)
         self.feature_info, self.num_classes = model.feature_info, model.num_classes
-        self.input_size = model.input_size
+        self.input_size = model.input_size or model.native_size
         # (p - m) / s from x = (p - dm) / ds is x * (ds / s) + (dm - m) / s.
         stats = [torch.tensor(values).view(1, 3, 1, 1)
                  for values in (data_mean, data_std, model.input_mean, model.input_std)]

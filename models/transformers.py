@@ -9,9 +9,29 @@ from torch import Tensor, nn
 from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.models.vision_transformer import VisionTransformer
 
-from models.base import FeatureInfo, ModelOutput, VisionModel, register_model
+from models.base import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    FeatureInfo,
+    ModelOutput,
+    VisionModel,
+    register_model,
+)
 from models.layers import check_drop_path
+from models.names import renamed
 from utils.errors import UserError
+
+# The names of its authors' files, which timm took over. There the down-sampling of stage i sits at
+# its end; newer timm moved it to the beginning of the next.
+SWIN_NAMES = [
+    (r"patch_embed\.proj\.(\w+)", r"features.0.0.\1"),
+    (r"patch_embed\.norm\.(\w+)", r"features.0.2.\1"),
+    (r"head\.fc\.(\w+)", r"head.\1"),
+    *[(rf"layers\.{i}\.blocks\.(\d+)\.(?!mlp)(.*)", rf"features.{2 * i + 1}.\1.\2")
+      for i in range(4)],
+    *[(rf"layers\.{i}\.blocks\.(\d+)\.mlp\.fc{j}\.(\w+)",
+       rf"features.{2 * i + 1}.\1.mlp.{3 * (j - 1)}.\2") for i in range(4) for j in (1, 2)],
+]
 
 
 @register_model("swin_t", depths=(2, 2, 6, 2), dim=96, num_heads=(3, 6, 12, 24))
@@ -41,29 +61,75 @@ class Swin(VisionModel, SwinTransformer):
         features = [feature.permute(0, 3, 1, 2) for feature in features]
         return ModelOutput(self.head(features[-1].mean((2, 3))), features)
 
+    def translated(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Takes the names of its authors and of timm, too."""
+        shift = 0 if any(name.startswith("layers.0.downsample") for name in state) else -1
+        down = [(rf"layers\.{i}\.downsample\.(.*)", rf"features.{2 * (i + shift) + 2}.\1")
+                for i in range(len(self.feature_info))]
+        return renamed(state, [*SWIN_NAMES, *down])
+
     def no_weight_decay(self) -> set[str]:
         """Tables of relative positions, as its authors train it."""
         return {name for name, _ in self.named_parameters()
                 if name.endswith("relative_position_bias_table")}
 
 
-@register_model("vit_b", dim=768, depth=12, num_heads=12)
+# The names of DeiT's authors and of timm.
+VIT_NAMES = [
+    ("cls_token", "class_token"),
+    ("pos_embed", "encoder.pos_embedding"),
+    (r"patch_embed\.proj\.(\w+)", r"conv_proj.\1"),
+    (r"blocks\.(\d+)\.attn\.qkv\.(\w+)",
+     r"encoder.layers.encoder_layer_\1.self_attention.in_proj_\2"),
+    (r"blocks\.(\d+)\.attn\.proj\.(\w+)",
+     r"encoder.layers.encoder_layer_\1.self_attention.out_proj.\2"),
+    (r"blocks\.(\d+)\.norm(\d)\.(\w+)", r"encoder.layers.encoder_layer_\1.ln_\2.\3"),
+    (r"blocks\.(\d+)\.mlp\.fc1\.(\w+)", r"encoder.layers.encoder_layer_\1.mlp.0.\2"),
+    (r"blocks\.(\d+)\.mlp\.fc2\.(\w+)", r"encoder.layers.encoder_layer_\1.mlp.3.\2"),
+    (r"norm\.(\w+)", r"encoder.ln.\1"),
+    (r"head\.(\w+)", r"heads.head.\1"),
+    # torchvision's before 0.12
+    (r"(encoder\..*\.mlp)\.linear_1\.(\w+)", r"\1.0.\2"),
+    (r"(encoder\..*\.mlp)\.linear_2\.(\w+)", r"\1.3.\2"),
+]
+INPUT_STATS = {"imagenet": (IMAGENET_MEAN, IMAGENET_STD), "half": ((0.5,) * 3, (0.5,) * 3)}
+
+
+@register_model("deit_s", dim=384, depth=12, num_heads=6)
+# timm's first "vit_small", no DeiT-S: 8 wide layers, no bias of queries, keys and values, scores
+# scaled by the whole width. It is the ViT-S that the published distillation runs were taught by.
+@register_model("vit_s", dim=768, depth=8, num_heads=8, mlp_ratio=3, published_scale=768 ** -0.5)
+@register_model("vit_b", dim=768, depth=12, num_heads=12, input_norm="half")
 @register_model("vit_nano", dim=96, depth=4, num_heads=3)
 class ViT(VisionModel, VisionTransformer):
-    """Vision Transformer with 16 px patches (Dosovitskiy et al. 2021, arXiv 2010.11929).
+    """Vision Transformer with 16 px patches (Dosovitskiy et al. 2021, arXiv 2010.11929; as DeiT,
+    Touvron et al. 2021, arXiv 2012.12877).
 
     Its one map holds the normed patch tokens; the class token, which the head reads, is dropped.
-    The learned position embedding fixes the input size.
+    The learned position embedding fixes the input size. `input_norm`: what the weights expect,
+    imagenet, or half for (x - 0.5) / 0.5 as timm's ViT-B (torchvision's takes imagenet).
+    `published_scale`: of the attention scores under the names of timm, if not head_dim ** -0.5;
+    folded into the queries when such a file is loaded.
     """
 
     def __init__(self, num_classes: int = 1000, dim: int = 768, depth: int = 12,
-                 num_heads: int = 12, image_size: int = 224) -> None:
+                 num_heads: int = 12, image_size: int = 224, mlp_ratio: int = 4,
+                 input_norm: str = "imagenet", published_scale: float = 0.0) -> None:
         if image_size % 16:
             raise UserError(f"ViT image_size must be a multiple of 16, got {image_size}.")
-        super().__init__(image_size, 16, depth, num_heads, dim, 4 * dim, num_classes=num_classes,
-                         norm_layer=partial(nn.LayerNorm, eps=1e-6))
+        if dim % num_heads or min(dim, depth, num_heads, mlp_ratio) < 1:
+            raise UserError(f"ViT needs positive whole numbers and a dim that num_heads divides; "
+                            f"got dim {dim}, depth {depth}, num_heads {num_heads}, mlp_ratio "
+                            f"{mlp_ratio}.")
+        if input_norm not in INPUT_STATS:
+            raise UserError(f"ViT input_norm must be one of {', '.join(INPUT_STATS)}; got "
+                            f"{input_norm!r}.")
+        super().__init__(image_size, 16, depth, num_heads, dim, mlp_ratio * dim,
+                         num_classes=num_classes, norm_layer=partial(nn.LayerNorm, eps=1e-6))
         self.input_size = image_size
+        self.input_mean, self.input_std = INPUT_STATS[input_norm]
         self.feature_info = (FeatureInfo(dim, 16),)
+        self.scale_ratio = published_scale / (dim // num_heads) ** -0.5 if published_scale else 1.0
 
     def forward_with_features(self, images: Tensor) -> ModelOutput:
         patches = self._process_input(images)  # (N, 3, H, W) -> (N, T, C)
@@ -72,6 +138,20 @@ class ViT(VisionModel, VisionTransformer):
         side = self.image_size // self.patch_size
         feature = tokens[:, 1:].transpose(1, 2).unflatten(2, (side, side))  # (N, C, side, side)
         return ModelOutput(self.heads(tokens[:, 0]), [feature])
+
+    def translated(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Takes the names of DeiT and timm, too; a missing bias of queries, keys, values is 0."""
+        result = renamed(state, VIT_NAMES)
+        if "pos_embed" not in state:
+            return result
+        for name in [name for name in result if name.endswith("in_proj_weight")]:
+            bias = name.replace("in_proj_weight", "in_proj_bias")
+            result[name] = result[name].clone()
+            if bias not in result:
+                result[bias] = result[name].new_zeros(len(result[name]))
+            for tensor in (result[name], result[bias]):
+                tensor[:len(tensor) // 3] *= self.scale_ratio  # queries come first
+        return result
 
     def no_weight_decay(self) -> set[str]:
         """Class token and positions, as in DeiT."""

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from models.base import VisionModel
+from models.recognise import describe_origin, learned
 from utils.checkpoint import load_file
 from utils.distributed import barrier, is_first_here
 from utils.errors import UserError
@@ -16,22 +18,23 @@ from utils.log import say
 # Containers that published files keep their weights in, in the order they are looked for.
 CONTAINERS = ("model", "state_dict", "model_ema", "state_dict_ema")
 PREFIXES = ("module.", "student.", "backbone.")
-# Computed, not learned: ignored in a file and never required.
-COMPUTED = ("relative_position_index", "attn_mask")
 
 _SURF = "https://surfdrive.surf.nl/files/index.php/s/{}/download"
 _DRIVE = "https://drive.usercontent.google.com/download?id={}&export=download&confirm=t"
 _META = "https://dl.fbaipublicfiles.com/convnext/convnext_{}_1k_224_ema.pth"
+_DEIT = "https://dl.fbaipublicfiles.com/deit/deit_{}.pth"
+_TIMM = "https://github.com/rwightman/pytorch-image-models/releases/download/{}.pth"
 _TORCHVISION = "https://download.pytorch.org/models/{}.pth"
 
 
 class Published(NamedTuple):
     url: str
-    top1: float | None  # ImageNet-1K, as its publisher states it
+    top1: float | None  # ImageNet-1K, as its publisher states it; None: it does not
+    size: int = 224  # pixels, at which that is
+    is_hashed: bool = False  # whether the name ends in the start of the file's sha256
 
 
-# ImageNet-1K weights by registered model name, default options. The torchvision addresses carry
-# the start of their sha256, which is checked.
+# ImageNet-1K weights by registered model name, default options.
 PUBLISHED = {
     "slak_t": Published(_DRIVE.format("1Iut2f5FMS_77jGPYoUJDQzDIXOsax1u4"), 82.5),
     "slak_s": Published(_DRIVE.format("1etM6KQbnlsgDAZ37adsQJ3UI8Bbv2AVe"), 83.8),
@@ -41,12 +44,19 @@ PUBLISHED = {
     "convnext_t": Published(_META.format("tiny"), 82.1),
     "convnext_s": Published(_META.format("small"), 83.1),
     "convnext_b": Published(_META.format("base"), 83.8),
-    "resnet18": Published(_TORCHVISION.format("resnet18-f37072fd"), 69.758),
-    "resnet34": Published(_TORCHVISION.format("resnet34-b627a593"), 73.314),
-    "resnet50": Published(_TORCHVISION.format("resnet50-11ad3fa6"), 80.858),
-    "resnet101": Published(_TORCHVISION.format("resnet101-cd907fc2"), 81.886),
-    "swin_t": Published(_TORCHVISION.format("swin_t-704ceda3"), 81.474),
-    "vit_b": Published(_TORCHVISION.format("vit_b_16-c867db91"), 81.072),
+    "resnet18": Published(_TORCHVISION.format("resnet18-f37072fd"), 69.758, 224, True),
+    "resnet34": Published(_TORCHVISION.format("resnet34-b627a593"), 73.314, 224, True),
+    "resnet50": Published(_TORCHVISION.format("resnet50-11ad3fa6"), 80.858, 224, True),
+    "resnet101": Published(_TORCHVISION.format("resnet101-cd907fc2"), 81.886, 224, True),
+    "swin_t": Published(_TORCHVISION.format("swin_t-704ceda3"), 81.474, 224, True),
+    "mobilenetv3_l": Published(_TORCHVISION.format("mobilenet_v3_large-5c1a4163"), 75.274, 224,
+                               True),
+    "efficientnet_b3": Published(_TORCHVISION.format("efficientnet_b3_rwightman-b3899882"), 82.008,
+                                 300, True),
+    "deit_s": Published(_DEIT.format("small_patch16_224-cd65a155"), 79.86, 224, True),
+    "resnet50d": Published(_TIMM.format("v0.1-weights/resnet50d_ra2-464e36ba"), 80.55),
+    "vit_s": Published(_TIMM.format("v0.1-weights/vit_small_p16_224-15ec54c9"), None),
+    "vit_b": Published(_TIMM.format("v0.1-vitjx/jx_vit_base_p16_224-80ecf9dd"), 81.78),
 }
 
 
@@ -81,16 +91,19 @@ def load_weights(model: nn.Module, source: str | Path, key: str | None = None) -
     there, but the average from a checkpoint-best-ema.pth, which was chosen for it.
     Raises UserError with what is missing, unexpected or of another shape.
     """
-    state = read_state_dict(local_file(source), key)
-    state = {name: value for name, value in state.items() if not name.endswith(COMPUTED)}
-    wanted = {name: value for name, value in model.state_dict().items()
-              if not name.endswith(COMPUTED)}
+    state = learned(translated(model, read_state_dict(local_file(source), key)))
+    wanted = learned(model.state_dict())
     difference = describe_difference(state, wanted)
     if difference:
         raise UserError(f"{source} does not fit {type(model).__name__}: {difference} "
                         f"{_class_hint(state, wanted, getattr(model, 'num_classes', None))}"
-                        "Check the model's name and options.")
+                        f"{describe_origin(state)}Check the model's name and options.")
     model.load_state_dict(state, strict=False)  # strict but for the computed buffers, see above
+
+
+def translated(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`state` under the names of `model`, where that is one that knows other names."""
+    return model.translated(state) if isinstance(model, VisionModel) else state
 
 
 def read_state_dict(path: Path, key: str | None = None) -> dict[str, Tensor]:
@@ -111,9 +124,8 @@ def read_state_dict(path: Path, key: str | None = None) -> dict[str, Tensor]:
         keys = ", ".join(str(key) for key in list(content)[:8])
         raise UserError(f"{path} holds no weights: expected a state dict, or one under "
                         f"{', '.join(CONTAINERS)}; got the keys {keys}.")
-    for prefix in PREFIXES:
-        if all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    while prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in state)), ""):
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
     return state
 
 
@@ -163,8 +175,8 @@ def local_file(source: str | Path) -> Path:
 
 def _download(url: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # torchvision's names end in the start of their sha256; other names may end in an epoch.
-    is_hashed = url.startswith(_TORCHVISION.partition("{")[0])
+    is_hashed = any(published.is_hashed for published in PUBLISHED.values()
+                    if published.url == url) or url.startswith(_TORCHVISION.partition("{")[0])
     try:
         torch.hub.download_url_to_file(url, str(path), path.stem.rpartition("-")[2] if is_hashed
                                        else None)

@@ -7,12 +7,14 @@
 #     DATA=path/to/imagenet GPUS=4 TEACHER_WEIGHTS=slak_t.pth bash run_scripts/slak_t-convnext_t_bn-nkd-300ep.sh
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
+source run_scripts/launch.sh
 DATA=${DATA:?set DATA to the folder that holds train/ and val/}
 GPUS=${GPUS:-8}
+RUNS=${RUNS:-runs}
 TEACHER_WEIGHTS=${TEACHER_WEIGHTS:-published}
 
-"$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$GPUS" train_kd.py \
-    --config run_scripts/recipes/imagenet.yaml --data-path "$DATA" \
+launch train_kd.py \
+    --config run_scripts/recipes/imagenet.yaml --data-path "$DATA" --output-dir "$RUNS" \
     --teacher slak_t --teacher-weights "$TEACHER_WEIGHTS" \
     --student convnext_t_bn drop_path=0.1 \
     --loss nkd temperature=1 gamma=1 --effective-batch 2048 --epochs 300 "$@"

@@ -8,11 +8,14 @@
 #     STUDENT=convnext_t_bn ...      # with a BatchNorm after each depthwise convolution, as L2S-T
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
+source run_scripts/launch.sh
 DATA=${DATA:?set DATA to the folder that holds train/ and val/}
 GPUS=${GPUS:-8}
+RUNS=${RUNS:-runs/teachers}
 STUDENT=${STUDENT:-convnext_t}
 
-"$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$GPUS" train_kd.py \
-    --config run_scripts/recipes/imagenet.yaml --data-path "$DATA" --teacher none \
+launch train_kd.py \
+    --config run_scripts/recipes/imagenet.yaml --data-path "$DATA" --output-dir "$RUNS" \
+    --teacher none \
     --student $STUDENT drop_path=0.1 --model-ema --epochs 300 \
     --batch-size 128 --effective-batch 4096 "$@"

@@ -15,11 +15,14 @@ case ${1:-} in
 esac
 shift
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
+source run_scripts/launch.sh
 DATA=${DATA:?set DATA to the folder that holds train/ and val/}
 GPUS=${GPUS:-4}
+RUNS=${RUNS:-runs/teachers}
 
-"$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$GPUS" train_kd.py \
-    --config run_scripts/recipes/imagenet.yaml --data-path "$DATA" --teacher none \
+launch train_kd.py \
+    --config run_scripts/recipes/imagenet.yaml --data-path "$DATA" --output-dir "$RUNS" \
+    --teacher none \
     --student slak_t drop_path=0.1 kernel_size=$KERNELS --model-ema --epochs 120 \
     --batch-size 128 --effective-batch 4096 \
     --sparsity 0.4 --sparse-init snip --growth random --prune-every 2000 --prune-rate 0.5 "$@"

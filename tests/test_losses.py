@@ -1,5 +1,6 @@
 """Losses: the published figures, the contract of every registered one, and their options."""
 import inspect
+import math
 
 import numpy as np
 import pytest
@@ -21,6 +22,9 @@ FD_FIGURES = {"smoothl1_beta2": {}, "mse": {"kind": "mse"},
 STUDENT_INFO = (FeatureInfo(6, 16), FeatureInfo(8, 32))
 TEACHER_INFO = (FeatureInfo(10, 16), FeatureInfo(12, 32))
 OTHER_WORD = {("fd", "kind"): "mse"}  # another legal value of each option that is a word
+ZERO_WHEN_EQUAL = {"dist": {}, "dkd": {}, "fd": {}, "kd": {"alpha": 1.0}}  # with these options
+RELATES_IMAGES = {"dist"}  # no means over images
+MEAN_OVER_IMAGES = [name for name in list_losses() if name not in RELATES_IMAGES]
 
 
 def make_output(info: tuple[FeatureInfo, ...], seed: int, *, num: int = 4, num_classes: int = 10,
@@ -43,6 +47,12 @@ def make_targets(kind: str, num: int = 4, num_classes: int = 10) -> Tensor:
 def make_loss(name: str, student_info=STUDENT_INFO, teacher_info=TEACHER_INFO, **options):
     torch.manual_seed(0)  # of the projections
     return create_loss(name, student_info, teacher_info, **options)
+
+
+def seeded(function, *batch):
+    """Called with the masks that seed 0 draws."""
+    torch.manual_seed(0)
+    return function(*batch)
 
 
 def tensors(output: ModelOutput) -> list[Tensor]:
@@ -150,13 +160,14 @@ def test_float32_whatever_the_inputs(name, dtype):
     loss, targets = make_loss(name), make_targets("soft")
     student, teacher = [convert(make_output(info, seed), dtype)
                         for seed, info in enumerate((STUDENT_INFO, TEACHER_INFO))]
-    value = loss(student, teacher, targets)
-    expected = loss(convert(student, torch.float32), convert(teacher, torch.float32), targets)
+    value = seeded(loss, student, teacher, targets)
+    expected = seeded(loss, *[convert(output, torch.float32) for output in (student, teacher)],
+                      targets)
     assert value.dtype == torch.float32
     torch.testing.assert_close(value, expected, rtol=1e-6, atol=0)
 
 
-class FixedStudent(nn.Module):
+class FixedNetwork(nn.Module):
     """Gives the same output whatever the images."""
 
     def __init__(self, output: ModelOutput) -> None:
@@ -166,19 +177,32 @@ class FixedStudent(nn.Module):
     def forward_with_features(self, images: Tensor) -> ModelOutput:
         return self.output
 
+    forward = forward_with_features  # of a teacher
+
 
 @pytest.mark.parametrize("name", list_losses())
 def test_float32_inside_autocast(name):
     loss, targets = make_loss(name), make_targets("soft")
     student, teacher = [convert(make_output(info, seed), torch.bfloat16)
                         for seed, info in enumerate((STUDENT_INFO, TEACHER_INFO))]
-    distiller = Distiller(FixedStudent(student), {name: loss}, {name: 2.0})
+    distiller = Distiller(FixedNetwork(student), {name: loss}, {name: 2.0})
     with torch.autocast("cpu", torch.bfloat16):
-        total, terms = distiller(torch.zeros(4, 3, 8, 8), targets, teacher)
-    expected = loss(convert(student, torch.float32), convert(teacher, torch.float32), targets)
+        total, terms = seeded(distiller, torch.zeros(4, 3, 8, 8), targets, teacher)
+    expected = seeded(loss, *[convert(output, torch.float32) for output in (student, teacher)],
+                      targets)
     assert total.dtype == terms[name].dtype == torch.float32
     torch.testing.assert_close(terms[name], expected, rtol=1e-6, atol=0)
     torch.testing.assert_close(total, 2 * expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("targets", ["hard", "soft"])
+@pytest.mark.parametrize("name", list_losses())
+def test_bfloat16_outputs_cost_bfloat16_rounding_only(name, targets):
+    loss, targets = make_loss(name), make_targets(targets)
+    outputs = make_output(STUDENT_INFO, 1), make_output(TEACHER_INFO, 2)
+    rounded = [convert(output, torch.bfloat16) for output in outputs]
+    torch.testing.assert_close(seeded(loss, *rounded, targets), seeded(loss, *outputs, targets),
+                               rtol=5e-3, atol=0)
 
 
 @pytest.mark.parametrize("targets", ["hard", "soft"])
@@ -199,6 +223,9 @@ def test_finite_at_a_gap_of_ten_thousand(name, targets):
     ("kd", {"hard": True}, 1e4),
     ("nkd", {}, 1e4 + 1e4 * 3 / 4),  # p_t[c] = 1; q_t uniform over 4 others, 3 of them at -1e4
     ("nkd", {"gamma": 2.0, "temperature": 10.0}, 1e4 + 2 * 100 * 1e3 * 3 / 4),
+    ("dkd", {}, 1e4 + 0.5 * (1e4 * 3 / 4 - math.log(4))),  # b_t = (1, 0); q_t as above
+    ("dkd", {"alpha": 2.0, "beta": 3.0, "temperature": 10.0},
+     100 * (2 * 1e3 + 3 * (1e3 * 3 / 4 - math.log(4)))),
 ])
 def test_value_at_a_gap_of_ten_thousand(name, options, expected):
     """The student is sure of class 0, the teacher and the label say class 1; 5 classes."""
@@ -211,10 +238,24 @@ def test_value_at_a_gap_of_ten_thousand(name, options, expected):
     assert student.grad.isfinite().all() and student.grad[0, 0] > 0 > student.grad[0, 1]
 
 
+def repeat_rows(output: ModelOutput) -> ModelOutput:
+    return ModelOutput(*[[t.repeat(2, *[1] * (t.dim() - 1)) for t in part] if type(part) is list
+                         else part.repeat(2, 1) for part in output])
+
+
 @pytest.mark.parametrize("targets", ["hard", "soft"])
 @pytest.mark.parametrize("name", list_losses())
+def test_a_batch_seen_twice_counts_once(name, targets):
+    loss, targets = make_loss(name).eval(), make_targets(targets)
+    student, teacher = make_output(STUDENT_INFO, 1), make_output(TEACHER_INFO, 2)
+    twice = loss(repeat_rows(student), repeat_rows(teacher), torch.cat([targets, targets]))
+    torch.testing.assert_close(twice, loss(student, teacher, targets))
+
+
+@pytest.mark.parametrize("targets", ["hard", "soft"])
+@pytest.mark.parametrize("name", MEAN_OVER_IMAGES)
 def test_mean_over_the_batch(name, targets):
-    loss, targets = make_loss(name), make_targets(targets)
+    loss, targets = make_loss(name).eval(), make_targets(targets)
     student, teacher = make_output(STUDENT_INFO, 1), make_output(TEACHER_INFO, 2)
 
     def part(rows: slice) -> Tensor:
@@ -238,13 +279,38 @@ def test_any_number_of_classes(name, targets, num_classes):
     assert all(t.grad.isfinite().all() for t in tensors(student) if t.grad is not None)
 
 
+@pytest.mark.parametrize("targets", ["hard", "soft"])
+@pytest.mark.parametrize("name", MEAN_OVER_IMAGES)
+def test_a_class_that_nobody_expects_changes_nothing(name, targets):
+    """Sums over classes, not means."""
+    loss, targets = make_loss(name).eval(), make_targets(targets)
+    outputs = make_output(STUDENT_INFO, 1), make_output(TEACHER_INFO, 2)
+    wider = [output._replace(logits=F.pad(output.logits, (0, 1), value=-1e4))
+             for output in outputs]
+    wider_targets = targets if targets.dim() == 1 else F.pad(targets, (0, 1))
+    torch.testing.assert_close(loss(*wider, wider_targets), loss(*outputs, targets))
+
+
+@pytest.mark.parametrize("name", ZERO_WHEN_EQUAL)
+def test_zero_when_the_student_is_the_teacher(name):
+    loss = make_loss(name, STUDENT_INFO, STUDENT_INFO, **ZERO_WHEN_EQUAL[name])
+    teacher = make_output(STUDENT_INFO, 1, scale=2)
+    student = with_gradient(teacher)
+    value = loss(student, teacher, make_targets("soft"))
+    value.backward()
+    assert value.abs() < 1e-5  # of dist, its epsilon
+    reached = student.logits if loss.trains_logits else student.features[-1]
+    assert reached.grad.abs().max() < 1e-5
+    assert loss(make_output(STUDENT_INFO, 2), teacher, make_targets("soft")) > 0.1
+
+
 def other_value(name: str, option: str, value):
     """A legal value that differs from the default."""
     if isinstance(value, bool):
         return not value
     if isinstance(value, str):
         return OTHER_WORD[name, option]
-    return 0 if isinstance(value, int) else 0.5 * value + 0.25
+    return 0 if isinstance(value, int) else 0.5 * value + 0.3
 
 
 OPTIONS = [(name, option, parameter.default) for name in list_losses()
@@ -262,7 +328,7 @@ def test_every_option_matters(name, option, default):
         rng = torch.Generator().manual_seed(3)
         for parameter in loss.parameters():
             nn.init.normal_(parameter, generator=rng)
-        values.append(loss(student, teacher, make_targets("hard")).item())
+        values.append(seeded(loss, student, teacher, make_targets("hard")).item())
     assert values[0] == values[1]
     assert values[2] != pytest.approx(values[0], rel=1e-4)
 
@@ -279,9 +345,90 @@ def test_only_a_loss_that_needs_no_teacher_works_without(name):
 
 
 def test_which_losses_need_a_teacher_and_train_the_head():
-    made = {name: make_loss(name) for name in ("ce", "fd", "kd", "nkd")}
+    made = {name: make_loss(name) for name in ("ce", "dist", "dkd", "fd", "kd", "mgd", "nkd")}
     assert [name for name in made if not made[name].needs_teacher] == ["ce"]
-    assert [name for name in made if not made[name].trains_logits] == ["fd"]
+    assert [name for name in made if not made[name].trains_logits] == ["fd", "mgd"]
+
+
+# Plain formulas, in float64; targets (N, K)
+
+
+def plain_ce(loss, student: ModelOutput, teacher: ModelOutput, targets: Tensor) -> Tensor:
+    return -(targets * student.logits.softmax(1).log()).sum(1).mean()
+
+
+def plain_kd(loss, student: ModelOutput, teacher: ModelOutput, targets: Tensor) -> Tensor:
+    s, t = student.logits.softmax(1), teacher.logits.softmax(1)
+    divergence = (t * (t / s).log()).sum(1).mean()
+    return 0.1 * divergence + 0.9 * plain_ce(loss, student, teacher, targets)
+
+
+def without(prob: Tensor, c: Tensor) -> Tensor:
+    rest = torch.cat([prob[:c], prob[c + 1:]])
+    return rest / rest.sum()
+
+
+def plain_nkd(loss, student: ModelOutput, teacher: ModelOutput, targets: Tensor) -> Tensor:
+    terms = []
+    for s, t, c in zip(student.logits.softmax(1), teacher.logits.softmax(1), targets.argmax(1)):
+        terms.append(-t[c] * s[c].log() - (without(t, c) * without(s, c).log()).sum())
+    return torch.stack(terms).mean()
+
+
+def plain_dkd(loss, student: ModelOutput, teacher: ModelOutput, targets: Tensor) -> Tensor:
+    terms = []
+    for s, t, c in zip(student.logits.softmax(1), teacher.logits.softmax(1), targets.argmax(1)):
+        binary = t[c] * (t[c] / s[c]).log() + (1 - t[c]) * ((1 - t[c]) / (1 - s[c])).log()
+        rest = without(t, c) * (without(t, c) / without(s, c)).log()
+        terms.append(binary + 0.5 * rest.sum())
+    return torch.stack(terms).mean()
+
+
+def plain_dist(loss, student: ModelOutput, teacher: ModelOutput, targets: Tensor) -> Tensor:
+    s, t = student.logits.softmax(1), teacher.logits.softmax(1)
+    inter, intra = [torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(*rows)])
+                    for rows in ((s, t), (s.T, t.T))]
+    return (1 - inter).mean() + (1 - intra).mean()
+
+
+def plain_fd(loss, student: ModelOutput, teacher: ModelOutput, targets: Tensor) -> Tensor:
+    weight, bias = [p.double() for p in loss.parameters()]
+    projected = torch.einsum("oc,nchw->nohw", weight[:, :, 0, 0], student.features[-1])
+    distance = (projected + bias.view(-1, 1, 1) - teacher.features[-1]).abs()
+    return torch.where(distance < 2, distance ** 2 / 4, distance - 1).mean()
+
+
+def plain_mgd(loss, student: ModelOutput, teacher: ModelOutput, targets: Tensor) -> Tensor:
+    align, align_bias, first, first_bias, second, second_bias = [p.double()
+                                                                 for p in loss.parameters()]
+    mask = torch.rand(4, 12, 1, 1) >= 0.15
+    masked = F.conv2d(student.features[-1], align, align_bias) * mask
+    generated = F.conv2d(F.conv2d(masked, first, first_bias, padding=1).clamp(min=0), second,
+                         second_bias, padding=1)
+    return 7e-5 * ((generated - teacher.features[-1]) ** 2).sum() / 4
+
+
+PLAIN = {"ce": plain_ce, "dist": plain_dist, "dkd": plain_dkd, "fd": plain_fd, "kd": plain_kd,
+         "mgd": plain_mgd, "nkd": plain_nkd}
+
+
+@pytest.mark.parametrize("targets", ["hard", "soft"])
+@pytest.mark.parametrize("name", list_losses())
+def test_value_and_gradient_of_the_plain_formula(name, targets):
+    if name not in PLAIN:
+        pytest.skip(f"no plain formula of {name} here")
+    loss, targets = make_loss(name), make_targets(targets)
+    dense = (F.one_hot(targets, 10) if targets.dim() == 1 else targets).double()
+    outputs = make_output(STUDENT_INFO, 1, scale=2), make_output(TEACHER_INFO, 2, scale=2)
+    student, exact = with_gradient(outputs[0]), with_gradient(convert(outputs[0], torch.float64))
+    value = seeded(loss, student, outputs[1], targets)
+    expected = seeded(PLAIN[name], loss, exact, convert(outputs[1], torch.float64), dense)
+    torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=0)
+    value.backward(), expected.backward()
+    for ours, plain in zip(tensors(student), tensors(exact)):
+        assert (ours.grad is None) == (plain.grad is None)
+        if plain.grad is not None:
+            assert (ours.grad - plain.grad).abs().max() < 1e-5 * plain.grad.abs().max()
 
 
 # What each promises
@@ -299,8 +446,9 @@ def test_kd_is_zero_when_the_student_is_the_teacher(temperature):
     assert loss(output, output, make_targets("hard", 6, 9)).abs() < 1e-6
 
 
-def test_nkd_takes_the_largest_of_mixed_targets():
-    loss = make_loss("nkd")
+@pytest.mark.parametrize("name", ["nkd", "dkd"])
+def test_the_largest_of_mixed_targets_is_taken(name):
+    loss = make_loss(name)
     outputs = make_output(STUDENT_INFO, 1), make_output(TEACHER_INFO, 2)
     mixed = make_targets("soft")
     assert torch.equal(loss(*outputs, mixed), loss(*outputs, mixed.argmax(1)))
@@ -362,6 +510,122 @@ def test_fd_whitens_the_teacher_only():
                                atol=0)
 
 
+@pytest.mark.parametrize("name, options", [("kd", {"alpha": 1.0}), ("dkd", {}), ("dist", {})])
+def test_temperature_divides_the_logits_and_its_square_multiplies(name, options):
+    outputs = make_output(STUDENT_INFO, 1, scale=3), make_output(TEACHER_INFO, 2, scale=3)
+    cooled = [logits_only(output.logits / 4) for output in outputs]
+    targets = make_targets("hard")
+    torch.testing.assert_close(make_loss(name, temperature=4.0, **options)(*outputs, targets),
+                               16 * make_loss(name, **options)(*cooled, targets))
+
+
+def test_dkd_is_kd_taken_apart():
+    """KL = binary KL + (1 - p_t[c]) KL of the rest (the paper's decomposition), image by image."""
+    outputs = make_output(STUDENT_INFO, 1, num=1), make_output(TEACHER_INFO, 2, num=1)
+    targets = torch.tensor([3])
+    others = 1 - outputs[1].logits.softmax(1)[0, 3].item()
+    divergence = make_loss("kd", alpha=1.0)(*outputs, targets)
+    torch.testing.assert_close(make_loss("dkd", beta=others)(*outputs, targets), divergence)
+
+
+def test_dist_does_not_depend_on_the_number_of_classes():
+    """Every class twice halves the probabilities and repeats rows and columns: means, not sums."""
+    outputs = make_output(STUDENT_INFO, 1), make_output(TEACHER_INFO, 2)
+    doubled = [logits_only(output.logits.repeat(1, 2)) for output in outputs]
+    loss = make_loss("dist")
+    torch.testing.assert_close(loss(*doubled, None), loss(*outputs, None))
+
+
+def test_dist_weighs_classes_by_beta_and_images_by_gamma():
+    outputs = make_output(STUDENT_INFO, 1), make_output(TEACHER_INFO, 2)
+    inter = make_loss("dist", gamma=0.0)(*outputs, None)
+    intra = make_loss("dist", beta=0.0)(*outputs, None)
+    torch.testing.assert_close(make_loss("dist", beta=2.0, gamma=3.0)(*outputs, None),
+                               2 * inter + 3 * intra)
+    single = [logits_only(output.logits[:1]) for output in outputs]
+    assert make_loss("dist", beta=0.0)(*single, None) == 1  # one image, nothing to relate
+    assert make_loss("dist", gamma=0.0)(*single, None) != 1
+
+
+def test_dist_sees_shape_only():
+    """A shift and a scale of the probabilities change nothing."""
+    teacher = make_output(TEACHER_INFO, 2).logits.softmax(1)
+    student = logits_only((0.05 + 0.5 * teacher).log())
+    assert make_loss("dist")(student, logits_only(teacher.log()), None).abs() < 1e-5
+
+
+FLAT = {"a head at zero": torch.zeros(4, 10), "of one image": torch.linspace(-1, 2, 10)[None],
+        "the same for all images": torch.linspace(0, 2, 10).repeat(4, 1),
+        "sure of one class": 1e4 * torch.eye(10)[[3, 3, 3, 3]]}
+
+
+@pytest.mark.parametrize("side", ["student", "teacher", "both"])
+@pytest.mark.parametrize("case", FLAT)
+def test_dist_of_probabilities_that_do_not_vary(case, side):
+    flat = FLAT[case]
+    lively = make_output(STUDENT_INFO, 1, num=len(flat)).logits
+    student = (lively if side == "teacher" else flat).clone().requires_grad_()
+    teacher = lively if side == "student" else flat
+    value = make_loss("dist")(logits_only(student), logits_only(teacher), None)
+    value.backward()
+    assert value.isfinite() and student.grad.isfinite().all() and student.grad.abs().max() < 1
+    if case == "a head at zero":
+        assert value == 2 and not student.grad.any()
+
+
+def test_mgd_masks_whole_channels_by_the_global_generator():
+    info = (FeatureInfo(64, 32),)
+    loss = make_loss("mgd", info, info, mask_ratio=0.4)
+    seen = []
+    loss.generators[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    student, teacher = make_output(info, 1, num=16), make_output(info, 2, num=16)
+    values = [seeded(loss, student, teacher, None), loss(student, teacher, None),
+              seeded(loss, student, teacher, None)]
+    assert values[0] == values[2] != values[1]
+    kept = seen[0].abs().amax((2, 3)) > 0  # (N, C)
+    assert 0.55 < kept.float().mean() < 0.65 and kept.any(0).all() and not kept.all(0).any()
+    assert torch.equal(seen[0], student.features[-1] * kept[:, :, None, None])  # not rescaled
+    assert not torch.equal(seen[0], seen[1])
+
+
+def test_mgd_masks_nothing_in_evaluation_and_leaves_the_generator():
+    loss = make_loss("mgd")
+    student, teacher = make_output(STUDENT_INFO, 1), make_output(TEACHER_INFO, 2)
+    distiller = Distiller(FixedNetwork(student), {"mgd": loss}, {"mgd": 1.0})
+    before = torch.get_rng_state()
+    distiller.check(torch.zeros(4, 3, 8, 8), make_targets("soft"),
+                    FixedNetwork(teacher))
+    values = [loss.eval()(student, teacher, None) for _ in range(2)]
+    assert torch.equal(torch.get_rng_state(), before) and values[0] == values[1]
+    unmasked = make_loss("mgd", mask_ratio=0.0)
+    torch.testing.assert_close(unmasked(student, teacher, None), values[0])
+
+
+def test_mgd_sums_its_stages_and_aligns_unequal_channels_only():
+    info = (FeatureInfo(6, 16), FeatureInfo(12, 32))
+    student, teacher = make_output(info, 1), make_output(TEACHER_INFO, 2)
+    loss = make_loss("mgd", info, TEACHER_INFO, features=(0, 1)).eval()
+    shapes = [tuple(p.shape) for p in loss.parameters() if p.dim() == 4]
+    assert shapes == [(10, 6, 1, 1), (10, 10, 3, 3), (10, 10, 3, 3), (12, 12, 3, 3), (12, 12, 3, 3)]
+    singles = []
+    for stage in (0, 1):
+        single = make_loss("mgd", info, TEACHER_INFO, features=stage).eval()
+        single.aligns[0], single.generators[0] = loss.aligns[stage], loss.generators[stage]
+        singles.append(single(student, teacher, None))
+    torch.testing.assert_close(loss(student, teacher, None), sum(singles))
+
+
+@pytest.mark.parametrize("sizes", [(4, 7), (7, 4)])
+def test_mgd_interpolates_the_student_to_the_teachers_size(sizes):
+    info = (FeatureInfo(5, 32),)
+    student, teacher = [torch.randn(2, 5, size, size) for size in sizes]
+    loss = make_loss("mgd", info, info).eval()
+    resized = F.interpolate(student, teacher.shape[2:], mode="bilinear", align_corners=False)
+    value, expected = [loss(ModelOutput(None, [s]), ModelOutput(None, [teacher]), None)
+                       for s in (student, resized)]
+    torch.testing.assert_close(value, expected)
+
+
 def test_ce_refuses_to_smooth_twice():
     loss = make_loss("ce", label_smoothing=0.1)
     with pytest.raises(UserError, match="label_smoothing=0.1.*already soft.*--smoothing"):
@@ -381,7 +645,8 @@ def test_unknown_loss_names_the_nearest():
 
 @pytest.mark.parametrize("name, option, nearest", [
     ("kd", "temprature", "temperature"), ("nkd", "gama", "gamma"), ("fd", "feature", "features"),
-    ("ce", "smoothing", "label_smoothing")])
+    ("ce", "smoothing", "label_smoothing"), ("dkd", "bet", "beta"), ("dist", "gama", "gamma"),
+    ("mgd", "masked_ratio", "mask_ratio")])
 def test_unknown_option_names_the_nearest(name, option, nearest):
     with pytest.raises(UserError, match=f"'{option}' of loss '{name}'.*Did you mean '{nearest}'"):
         make_loss(name, **{option: 1})
@@ -404,6 +669,16 @@ def test_unknown_option_names_the_nearest(name, option, nearest):
     ("fd", {"features": ()}, "features="),
     ("fd", {"features": "last"}, "features="),
     ("fd", {"project": False}, "equal channels; the student has 8, the teacher 12"),
+    ("dkd", {"alpha": -1}, "dkd alpha must not be negative or infinite, got -1"),
+    ("dkd", {"beta": -0.5}, "dkd beta must not be negative or infinite, got -0.5"),
+    ("dkd", {"temperature": 0}, "dkd temperature must be a positive number, got 0"),
+    ("dist", {"beta": -1}, "dist beta must not be negative or infinite, got -1"),
+    ("dist", {"gamma": float("inf")}, "dist gamma must not be negative or infinite, got inf"),
+    ("dist", {"temperature": -1}, "dist temperature must be a positive number, got -1"),
+    ("mgd", {"mask_ratio": 1}, r"mask_ratio must lie in \[0, 1\), got 1; at 1 nothing is left"),
+    ("mgd", {"mask_ratio": -0.1}, r"mask_ratio must lie in \[0, 1\), got -0.1"),
+    ("mgd", {"alpha": 0}, "mgd alpha must be a positive number, got 0"),
+    ("mgd", {"features": 2}, r"mgd features=2: the student has 2 stage\(s\).*features=-1"),
 ])
 def test_wrong_options_are_refused_in_words(name, options, sentence):
     with pytest.raises(UserError, match=sentence):
@@ -412,7 +687,9 @@ def test_wrong_options_are_refused_in_words(name, options, sentence):
 
 @pytest.mark.parametrize("name, options", [
     ("fd", {"features": 1.5}), ("fd", {"features": None}), ("fd", {"features": True}),
-    ("nkd", {"gamma": float("nan")}), ("nkd", {"gamma": float("inf")})])
+    ("nkd", {"gamma": float("nan")}), ("nkd", {"gamma": float("inf")}),
+    ("dkd", {"beta": float("nan")}), ("dist", {"gamma": float("nan")}),
+    ("mgd", {"mask_ratio": float("nan")}), ("mgd", {"features": "last"})])
 def test_impossible_values_are_refused_in_words(name, options):
     with pytest.raises(UserError, match=next(iter(options))):
         make_loss(name, **options)

@@ -35,7 +35,7 @@ FULL_MODELS = {
 }
 FULL_FIGURES = read_json("full_models")
 NANO = [name for name in list_models() if name.endswith("_nano")]
-WITH_DROP_PATH = [name for name in NANO if not name.startswith("vit")]
+WITH_DROP_PATH = [name for name in NANO if not name.startswith(("vit", "mobilenet"))]
 
 
 def micro_input(name: str) -> torch.Tensor:

@@ -80,7 +80,8 @@ def test_groups_hold_every_trainable_parameter_once(name):
     for group in groups:
         assert group["lr_scale"] == 1.0
         for key, parameter in zip(group["names"], group["params"]):
-            exempt = key.endswith((".bias", "_token", "pos_embedding", "position_bias_table"))
+            exempt = ".grn." in key or key.endswith((".bias", "_token", "pos_embedding",
+                                                     "position_bias_table"))
             assert group["decays"] == (parameter.dim() > 1 and not exempt)
 
 

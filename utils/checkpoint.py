@@ -48,7 +48,9 @@ def write_text_atomically(text: str, path: Path) -> None:
 
 def load_file(path: Path) -> dict[str, Any]:
     """A file written by torch.save, without running code from it: tensors, plain values, and
-    argparse's Namespace, which published checkpoints carry."""
+    argparse's Namespace, which published checkpoints carry. Or tensors in a .safetensors file."""
+    if path.suffix == ".safetensors":
+        return _load_safetensors(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -63,6 +65,19 @@ def load_file(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, expected a dict of tensors.")
     return content
+
+
+def _load_safetensors(path: Path) -> dict[str, Any]:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file as load
+    except ImportError:
+        raise UserError(f"{path} needs the package safetensors: pip install safetensors.") from None
+    try:
+        return load(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is not a readable .safetensors file ({one_line(error)})."
+                        ) from None
 
 
 def keep_last(folder: Path, pattern: str, number: int) -> None:

@@ -33,6 +33,17 @@ class Registry:
     def names(self) -> list[str]:
         return sorted(self._entries)
 
+    def builder(self, name: str) -> Callable:
+        return self._lookup(name)[0]
+
+    def defaults(self, name: str) -> dict[str, Any]:
+        """What `name` is built with where no option says otherwise."""
+        builder, defaults = self._lookup(name)
+        own = {key: parameter.default for key, parameter in
+               inspect.signature(builder).parameters.items()
+               if parameter.default is not inspect.Parameter.empty}
+        return {**own, **defaults}
+
     def create(self, name: str, *args: Any, **options: Any) -> Any:
         """Build `name`; `options` win over its registered defaults.
 

@@ -3,8 +3,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from utils.checkpoint import describe_changes, load_file
-from utils.distributed import gather_objects
+from utils.checkpoint import describe_changes, keep_last, load_file, save_atomically
+from utils.distributed import barrier, gather_objects, is_main
 from utils.errors import UserError, one_line
 
 LAST = "checkpoint-last.pth"
@@ -15,7 +15,8 @@ FREE_ON_RESUME = frozenset({
     "config", "output_dir", "resume", "auto_resume", "device", "num_workers", "print_every",
     "save_freq", "save_num", "save_every_steps", "tensorboard", "skip_bad_images", "data_path",
     "student_weights", "student_weights_key", "compile", "channels_last", "batch_size",
-    "accum_steps", "world_size", "git"})
+    "accum_steps", "world_size", "git",
+    "dry_run"})
 
 
 def run_name(teacher: list[str], student: list[str], losses: list[list[str]], epochs: int,
@@ -91,6 +92,16 @@ def checkpoint_names(epoch: int, is_last: bool, save_freq: int, best: list[str])
     if save_freq and ((epoch + 1) % save_freq == 0 or is_last):
         names.append(f"checkpoint-{epoch}.pth")
     return names + [f"checkpoint-best{suffix.replace('_', '-')}.pth" for suffix in best]
+
+
+def save(content: dict[str, Any], folder: Path, names: list[str], keep: int) -> None:
+    """Write `content` to each of `names`, and delete all but the `keep` newest of the numbered
+    checkpoints (0: none). Called by all processes; the first one writes."""
+    if is_main():
+        for name in names:
+            save_atomically(content, folder / name)
+        keep_last(folder, "checkpoint-[0-9]*.pth", keep)
+    barrier()
 
 
 def check_same_start(saved: tuple[Path, dict] | None, folder: Path) -> None:

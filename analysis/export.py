@@ -1,0 +1,62 @@
+"""Write a ConvNeXt with BatchNorm (an L2S student) as the exact original ConvNeXt.
+
+    python -m analysis.export --checkpoint runs/NAME/checkpoint-best.pth --out l2s_t.pth
+    python -m analysis.export --model convnext_t_bn --weights published --out l2s_t.pth
+    python eval.py --model convnext_t --weights l2s_t.pth --data-path IMAGENET   # the same logits
+"""
+import argparse
+import sys
+from pathlib import Path
+
+import models
+from models.trained import load_trained
+from models.weights import fetch_weights
+from utils.checkpoint import save_atomically
+from utils.config import Parser
+from utils.errors import UserError
+from utils.registry import parse_spec
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="analysis.export", description=__doc__.split("\n")[0])
+    flag = parser.add_argument
+    flag("--checkpoint", type=Path, metavar="FILE", help="of train_kd.py")
+    flag("--model", nargs="+", metavar="NAME", help="NAME [key=value ...], with --weights")
+    flag("--weights", metavar="SOURCE", help="path, URL or published")
+    flag("--weights-key", metavar="KEY", help="model, or model_ema for the averaged weights")
+    flag("--num-classes", type=int, default=1000, help="of --weights")
+    flag("--out", type=Path, required=True, metavar="FILE", help="a file that does not exist yet")
+    return parser
+
+
+def export(model: models.VisionModel, out: Path) -> None:
+    """Write the state dict of the equal ConvNeXt under `model`, as published files have it."""
+    if not hasattr(model, "convnext_state"):
+        raise UserError(f"{type(model).__name__} is no ConvNeXt with BatchNorm.")
+    if out.exists():
+        raise UserError(f"{out} exists already; name another file.")
+    save_atomically({"model": model.convnext_state()}, out)
+    print(f"written to {out}; evaluate it as convnext_t, convnext_s or convnext_b")
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        args: argparse.Namespace = build_parser().parse(sys.argv[1:] if argv is None else argv)
+        if (args.checkpoint is None) == (args.model is None) or bool(args.model) != bool(
+                args.weights):
+            raise UserError("give either --checkpoint FILE, or --model NAME with --weights SOURCE.")
+        if args.checkpoint:
+            model, _ = load_trained(args.checkpoint, args.weights_key)
+        else:
+            name, options = parse_spec(args.model, "--model")
+            model = models.create_model(name, args.num_classes, **options)
+            fetch_weights(model, name, args.weights, "--weights", args.weights_key)
+        export(model, args.out)
+    except UserError as error:
+        print(f"analysis.export: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

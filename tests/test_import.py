@@ -1,0 +1,218 @@
+"""Published files of every naming scheme give the logits that their own code gives."""
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from models import create_model, list_models
+from models.recognise import describe_origin, learned
+from models.weights import PUBLISHED, load_weights
+from tests.helpers import fill_by_name, micro_convnext_bn, read_json
+from utils.errors import UserError
+
+FIGURES = read_json("full_models")
+# figure -> registered name and options; the other figures are in test_models.py
+OTHER_NAMES = {
+    "swin_t_official": ("swin_t", {}), "deit_s": ("deit_s", {}), "vit_b_timm": ("vit_b", {}),
+    "convnext_t_torchvision": ("convnext_t", {}), "convnextv2_t": ("convnextv2_t", {}),
+    "mobilenetv3_l": ("mobilenetv3_l", {}), "mobilenetv3_l_timm": ("mobilenetv3_l",
+                                                                   {"bn_eps": 1e-5}),
+    "resnet50_timm": ("resnet50", {}),
+}
+
+
+def published_state(figure: str, fill: bool = True) -> dict[str, Tensor]:
+    """The state dict as published: names, shapes, and values drawn from the names."""
+    state = {}
+    for name, shape in FIGURES[figure]["keys"].items():
+        is_count = name.endswith(("num_batches_tracked", "relative_position_index"))
+        state[name] = torch.zeros(shape, dtype=torch.long if is_count else torch.float32,
+                                  device="cpu" if fill else "meta")
+    return fill_by_name(SimpleNamespace(state_dict=lambda: state)).state_dict() if fill else state
+
+
+@pytest.mark.parametrize("figure", OTHER_NAMES)
+def test_published_names_give_the_published_logits(figure, tmp_path):
+    name, options = OTHER_NAMES[figure]
+    model = create_model(name, 1000, **options).eval()
+    assert model.num_parameters == FIGURES[figure]["params"]
+    torch.save({"model": published_state(figure)}, tmp_path / "published.pth")
+    load_weights(model, tmp_path / "published.pth")
+    images = np.random.RandomState(20230530).standard_normal((1, 3, 224, 224))
+    with torch.no_grad():
+        logits = model(torch.tensor(images, dtype=torch.float32))[0]
+    expected = torch.tensor(FIGURES[figure]["logits_first8"])
+    assert (logits[:8] - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert logits.norm().item() == pytest.approx(FIGURES[figure]["logits_norm"], rel=1e-5)
+    assert logits.argmax().item() == FIGURES[figure]["argmax"]
+
+
+def timm_convnextv2(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our names -> timm's, written the other way round."""
+    result = {}
+    for name, value in state.items():
+        parts = name.split(".")
+        if name.startswith("downsample_layers.0"):
+            name = f"stem.{parts[2]}.{parts[3]}"
+        elif name.startswith("downsample_layers"):
+            name = f"stages.{parts[1]}.downsample.{parts[2]}.{parts[3]}"
+        elif parts[0] == "stages":
+            layer = {"dwconv": "conv_dw", "norm": "norm", "pwconv1": "mlp.fc1",
+                     "pwconv2": "mlp.fc2", "grn": "mlp.grn"}[parts[3]]
+            last = {"gamma": "weight", "beta": "bias"}.get(parts[4], parts[4])
+            value = value.flatten() if parts[3] == "grn" else value
+            name = f"stages.{parts[1]}.blocks.{parts[2]}.{layer}.{last}"
+        else:
+            name = {"norm": "head.norm.", "head": "head.fc."}[parts[0]] + parts[1]
+        result[name] = value
+    return result
+
+
+def test_timms_names_of_convnext_v2(tmp_path):
+    model = fill_by_name(create_model("convnextv2_nano", 10))
+    torch.save({"state_dict": timm_convnextv2(model.state_dict())}, tmp_path / "timm.pth")
+    other = create_model("convnextv2_nano", 10)
+    load_weights(other, tmp_path / "timm.pth")
+    assert all(torch.equal(value, other.state_dict()[name])
+               for name, value in model.state_dict().items())
+
+
+def test_convnext_v2_equals_the_published_code(fixture_npz):
+    figures = fixture_npz("convnextv2_micro")
+    model = create_model("convnextv2_nano", 10, depths=(1, 1, 2, 1), dims=(8, 16, 24, 32))
+    model.load_state_dict({name.removeprefix("sd/"): torch.as_tensor(value)
+                           for name, value in figures.items() if name.startswith("sd/")})
+    with torch.no_grad():
+        logits = model.eval()(torch.as_tensor(figures["input"]))
+    torch.testing.assert_close(logits, torch.as_tensor(figures["logits"]), rtol=1e-5, atol=1e-5)
+    exempt = model.no_weight_decay()
+    assert len(exempt) == 10 and all(".grn." in name for name in exempt)
+
+
+def test_newer_timm_moved_the_down_sampling_of_swin():
+    model = create_model("swin_nano", 10)
+    official = {}
+    for name, value in learned(published_state("swin_t_official", fill=False)).items():
+        parts = name.split(".")
+        if parts[0] == "layers" and parts[2] == "downsample":
+            parts[1] = str(int(parts[1]) + 1)
+        official[".".join(parts).replace("head.", "head.fc.")] = value
+    assert model.translated(official).keys() == model.translated(
+        learned(published_state("swin_t_official", fill=False))).keys()
+
+
+def test_the_first_vit_s_of_timm():
+    """No bias of queries, keys and values, and scores scaled by the whole width: attention by hand
+    equals attention after the import."""
+    dim, heads = 64, 4
+    model = create_model("vit_s", 10, dim=dim, depth=1, num_heads=heads, image_size=32,
+                         published_scale=dim ** -0.5)
+    state = {}
+    for name, value in create_model("deit_s", 10, dim=dim, depth=1, num_heads=heads, mlp_ratio=3,
+                                    image_size=32).state_dict().items():
+        state[name] = torch.randn(value.shape, generator=torch.Generator().manual_seed(len(name)))
+    weight = state["encoder.layers.encoder_layer_0.self_attention.in_proj_weight"]
+    theirs = {"pos_embed": state["encoder.pos_embedding"], "blocks.0.attn.qkv.weight": weight}
+    imported = model.translated(theirs)
+    prefix = "encoder.layers.encoder_layer_0.self_attention.in_proj"
+    assert (imported[f"{prefix}_bias"] == 0).all() and len(imported[f"{prefix}_bias"]) == 3 * dim
+    x = torch.randn(5, dim, generator=torch.Generator().manual_seed(0))
+    queries, keys, _ = (x @ weight.T).chunk(3, dim=1)
+    expected = queries @ keys.T * dim ** -0.5
+    queries, keys, _ = (x @ imported[f"{prefix}_weight"].T).chunk(3, dim=1)
+    torch.testing.assert_close(queries @ keys.T * (dim // heads) ** -0.5, expected)
+    own = model.state_dict()
+    assert model.translated(own).keys() == own.keys()  # its own checkpoints are not rescaled
+    assert torch.equal(model.translated(own)[f"{prefix}_weight"], own[f"{prefix}_weight"])
+
+
+def test_timms_mobilenet_asks_for_its_eps(tmp_path):
+    torch.save({"conv_stem.weight": torch.zeros(1)}, tmp_path / "timm.pth")
+    with pytest.raises(UserError, match="BatchNorm eps of 1e-5.*bn_eps=1e-5"):
+        load_weights(create_model("mobilenetv3_nano", 10), tmp_path / "timm.pth")
+
+
+# Which network a file is of
+
+
+@pytest.mark.parametrize("figure, words", [
+    ("slak_t_31", "slak_t kernel_size=31,29,27,13,5"), ("slak_b", "slak_b"),
+    ("convnext_s_bn", "convnext_s_bn"), ("swin_t_official", "swin_t"), ("vit_b_timm", "vit_b"),
+    ("mobilenetv3_l_timm", "mobilenetv3_l bn_eps=1e-05"), ("cswin_t", "cswin_t")])
+def test_a_file_is_recognised_by_its_names_and_shapes(figure, words):
+    assert describe_origin(published_state(figure, fill=False)) == f"These are weights of {words}. "
+
+
+def test_the_nearest_network_is_named_or_none():
+    state = published_state("slak_t_31", fill=False)
+    del state["head.weight"]
+    assert describe_origin(state).startswith(
+        "The nearest network is slak_t kernel_size=31,29,27,13,5, 100% of")
+    assert describe_origin({"a": torch.zeros(3), "b": torch.zeros(2, 2)}) == ""
+
+
+def test_wrong_kernels_are_named(tmp_path):
+    model = create_model("slak_nano", 10, kernel_size=(13, 11, 9, 7, 3))
+    torch.save({"model": model.state_dict()}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match="weights of slak_nano kernel_size=13,11,9,7,3"):
+        load_weights(create_model("slak_nano", 10), tmp_path / "a.pth")
+
+
+# Out again
+
+
+@pytest.mark.parametrize("model", [micro_convnext_bn, lambda: micro_convnext_bn(bn=False)])
+def test_a_convnext_with_batchnorm_is_written_as_the_original(model, tmp_path, capsys):
+    from analysis import export
+
+    student = fill_by_name(model()).eval()
+    export.export(student, tmp_path / "original.pth")
+    original = create_model("convnext_nano", 10, depths=(1, 1, 2, 1), dims=(8, 16, 24, 32)).eval()
+    load_weights(original, tmp_path / "original.pth")
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(original(images), student(images), rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match="exists already"):
+        export.export(student, tmp_path / "original.pth")
+
+
+@pytest.mark.parametrize("build, words", [
+    (lambda: create_model("resnet_nano", 10), "ResNet is no ConvNeXt"),
+    (lambda: create_model("slak_nano", 10), "another SLaK")])
+def test_what_is_no_convnext_is_not_written_as_one(build, words, tmp_path):
+    from analysis import export
+
+    with pytest.raises(UserError, match=words):
+        export.export(build(), tmp_path / "x.pth")
+
+
+def test_the_export_command(tmp_path, capsys):
+    from analysis import export
+
+    torch.save(create_model("convnext_bn_nano", 10).state_dict(), tmp_path / "bn.pth")
+    words = ["--model", "convnext_bn_nano", "--num-classes", "10", "--out",
+             str(tmp_path / "out.pth")]
+    assert export.main([*words, "--weights", str(tmp_path / "bn.pth")]) == 0
+    load_weights(create_model("convnext_nano", 10), tmp_path / "out.pth")
+    assert export.main(words) == 2 and "give either" in capsys.readouterr().err
+
+
+def test_safetensors(tmp_path):
+    save = pytest.importorskip("safetensors.torch").save_file
+    model = fill_by_name(create_model("resnet_nano", 10))
+    save(model.state_dict(), tmp_path / "a.safetensors")
+    other = create_model("resnet_nano", 10)
+    load_weights(other, tmp_path / "a.safetensors")
+    assert torch.equal(other.fc.weight, model.fc.weight)
+    (tmp_path / "a.safetensors").write_bytes(b"<html>not here</html>")
+    with pytest.raises(UserError, match="not a readable .safetensors file"):
+        load_weights(other, tmp_path / "a.safetensors")
+
+
+def test_every_teacher_of_the_paper_has_an_address_or_none_is_known():
+    teachers = {"slak_t", "slak_s", "slak_b", "convnext_t", "convnext_s", "swin_t", "deit_s",
+                "vit_s", "vit_b", "resnet50d", "efficientnet_b3"}
+    assert teachers <= set(PUBLISHED) and "cswin_t" in list_models()
+    assert all(isinstance(create_model(name, 10), nn.Module) for name in ("vit_nano",))
