@@ -72,8 +72,8 @@ class Meter:
                                  for key, value in state[name].items()})
 
 
-class SparseMask(Protocol):
-    """What the step asks of masks: models.sparsity has it."""
+class Masks(Protocol):
+    """What the step asks of sparse training: models.sparsity.SparseMask."""
 
     masks: dict[str, Tensor]  # of the student's parameters, by name
 
@@ -92,7 +92,7 @@ class TrainState:
     scaler: torch.amp.GradScaler
     ema: ModelEma | None  # of the student
     wrapped: nn.Module  # the distiller, in DistributedDataParallel when there are many processes
-    sparsity: SparseMask | None = None  # the student's masks
+    sparsity: Masks | None = None  # the student's
     step: int = 0  # updates done
     epoch: int = 0  # epochs done, their evaluation included
     best: dict[str, float] = field(default_factory=dict)  # best_acc1, best_acc1_ema, percent
@@ -227,12 +227,14 @@ def optimizer_update(state: TrainState, clip_grad: float | None) -> None:
     state.meter.add({"grad_norm": norm}, state.step)
     state.scaler.step(state.optimizer)
     state.scaler.update()
-    state.step += 1
+    masks = None
     if state.sparsity is not None:
-        state.sparsity.step(state.step)  # while the gradients are there for it to look at
+        state.sparsity.step(state.step + 1)  # before the gradients go, which it may rank by
+        masks = state.sparsity.masks
     state.optimizer.zero_grad(set_to_none=True)
     if state.ema is not None:
-        state.ema.update(state.distiller.student, state.sparsity and state.sparsity.masks)
+        state.ema.update(state.distiller.student, masks)
+    state.step += 1
 
 
 def checked_means(state: TrainState) -> dict[str, float]:

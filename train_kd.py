@@ -114,7 +114,7 @@ def _add_sparsity_flags(parser: config.Parser) -> None:
     flag = group.add_argument
     flag("--sparsity", type=float, default=0.0, help="share of the weights to mask, 0 = off")
     flag("--sparse-init", choices=INITS, default="snip",
-         help="density of each layer; with snip-mask and weights the masks themselves")
+         help="density of each layer, or the masks; erk where SNIP finds no gradient at the start")
     flag("--sparse-layers", choices=LAYERS, default="all", help="which weights may be masked")
     flag("--prune-rate", type=float, default=0.3, help="share of the live weights that moves first")
     flag("--prune-every", type=int, default=100, help="updates between moves, 0 = static masks")
@@ -336,9 +336,9 @@ def build_state(args: argparse.Namespace, distiller: Distiller, options: engine.
     optimizer = optim.build_adamw(groups, lr=args.lr, betas=tuple(args.opt_betas), eps=args.opt_eps)
     sparsity = build_sparsity(args, distiller.student, optimizer)
     if sparsity is not None and loader is not None:
-        # Before SyncBatchNorm, which would wait for other processes.
+        # Before SyncBatchNorm, which would wait for other processes. In float32, hence the limit.
         sparsity.start(args.sparse_init, 1 - args.sparsity,
-                       lambda: options.to_device(*loader.first_batch()))
+                       lambda: options.to_device(*loader.first_batch(most=64)))
     if distributed.world_size() > 1 and device.type == "cuda":
         # It needs CUDA; on the CPU each process keeps the statistics of its own batch.
         distiller = nn.SyncBatchNorm.convert_sync_batchnorm(distiller)  # the parameters stay

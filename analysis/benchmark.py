@@ -17,6 +17,7 @@ import torch
 
 import engine
 import models
+from analysis.complexity import count_macs
 from analysis.random_step import no_mix, random_batches, random_state
 from models.sparsity import SparseMask
 from utils.checkpoint import write_text_atomically
@@ -116,15 +117,17 @@ def build_parser() -> Parser:
 def main(argv: list[str] | None = None) -> int:
     try:
         args: argparse.Namespace = build_parser().parse(sys.argv[1:] if argv is None else argv)
-        for name in ("input_size", "batch_size", "repeats", "prune_every"):
-            if getattr(args, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1.")
+        smallest = {"input_size": 1, "batch_size": 2, "repeats": 1, "prune_every": 1}
+        for name, limit in smallest.items():
+            if getattr(args, name) < limit:
+                raise UserError(f"--{name.replace('_', '-')} must be at least {limit}.")
         device = setup(args.device)
         options = engine.StepOptions(
             device=device, amp_dtype=engine.AMP_DTYPES[args.amp], accum_steps=1, clip_grad=None,
             memory_format=torch.channels_last, seed=0)
         name, model_options = parse_spec(args.model, "--model")
         model = models.create_model(name, 1000, **model_options)
+        count_macs(model, args.input_size)  # says in words when it does not run at this size
         seconds, bytes_per_weight = time_masking(
             model, options, batch_size=args.batch_size, input_size=args.input_size,
             repeats=args.repeats, growth=args.growth, sparsity=args.sparsity)

@@ -40,6 +40,9 @@ def count_macs(model: models.VisionModel, input_size: int) -> int:
 
 @torch.no_grad()
 def _run_on_shapes(model: models.VisionModel, input_size: int) -> None:
+    if model.input_size not in (None, input_size):
+        raise UserError(f"the model takes {model.input_size} px only, and --input-size is "
+                        f"{input_size}.")
     try:
         model.eval()(torch.empty(1, 3, input_size, input_size, device="meta"))
     except RuntimeError as error:
@@ -171,15 +174,25 @@ def build_parser() -> Parser:
     return parser
 
 
-def check_combination(model: list[str] | None, weights: str | None, checkpoint: Path | None,
-                      sparsity: float) -> None:
+# What may stand together, beside --input-size.
+COMBINATIONS = [{"num_classes"}, {"model", "num_classes"}, {"checkpoint", "weights_key"},
+                {"model", "num_classes", "weights", "weights_key"},
+                {"model", "num_classes", "sparsity", "sparse_init"}]
+NEEDED = {"weights": "model", "sparsity": "model", "sparse_init": "sparsity"}
+
+
+def check_flags(given: set[str], sparsity: float, input_size: int | None) -> None:
+    """`given`: the flags on the command line, which must mean something together."""
     if not 0 <= sparsity < 1:
         raise UserError(f"--sparsity must lie in [0, 1), got {sparsity}.")
-    given = (model is not None, weights is not None, checkpoint is not None, sparsity > 0)
-    if given not in [(False,) * 4, (True, False, False, False), (True, True, False, False),
-                     (True, False, False, True), (False, False, True, False)]:
+    if input_size is not None and input_size < 1:
+        raise UserError(f"--input-size must be at least 1, got {input_size}.")
+    flags = given - {"input_size", "config"}
+    if not any(flags <= allowed for allowed in COMBINATIONS) or any(
+            flag in flags and other not in flags for flag, other in NEEDED.items()) or (
+            "weights_key" in flags and not flags & {"weights", "checkpoint"}):
         raise UserError("give --checkpoint FILE; or --model NAME, alone, with --weights SOURCE or "
-                        "with --sparsity; or none of them.")
+                        "with --sparsity S (and --sparse-init); or none of them.")
 
 
 def print_layers(model: models.VisionModel, input_size: int, nonzero: Mapping[str, int]) -> None:
@@ -191,7 +204,7 @@ def print_layers(model: models.VisionModel, input_size: int, nonzero: Mapping[st
 def main(argv: list[str] | None = None) -> int:
     try:
         args: argparse.Namespace = build_parser().parse(sys.argv[1:] if argv is None else argv)
-        check_combination(args.model, args.weights, args.checkpoint, args.sparsity)
+        check_flags({*args.given}, args.sparsity, args.input_size)
         if args.checkpoint:
             model, settings = load_trained(args.checkpoint, args.weights_key)
             print_layers(model, args.input_size or settings["input_size"], count_nonzero(model))

@@ -108,9 +108,10 @@ class Loader:
         self.keys.epoch, self.keys.start = epoch, batch
         return self
 
-    def first_batch(self) -> tuple[Tensor, Tensor]:
-        """Images and labels that the iteration begins with, without beginning it."""
-        samples = [self.samples[key] for key in next(iter(self.keys))]
+    def first_batch(self, most: int) -> tuple[Tensor, Tensor]:
+        """Images and labels that the iteration begins with, `most` at most, without beginning
+        it."""
+        samples = [self.samples[key] for key in next(iter(self.keys))[:most]]
         for _, _, index in samples:
             if index < 0:
                 self._note_bad(-1 - index)

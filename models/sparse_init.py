@@ -38,7 +38,7 @@ def maskable(model: VisionModel, layers: str = "all") -> dict[str, nn.Parameter]
 def starting_masks(model: VisionModel, weights: Mapping[str, nn.Parameter], *, init: str,
                    density: float, first_batch: Callable[[], tuple[Tensor, Tensor]],
                    seed: int) -> dict[str, Tensor]:
-    """Bool masks by name of the layers among `weights` that are masked, on the CPU or not.
+    """Bool masks by name, of those among `weights` that are masked at all.
 
     `snip`, `erk` and `uniform` settle the density of each layer; which of its weights live is then
     drawn at random, the number exact. `snip-mask` keeps the weights that SNIP ranks highest.
@@ -66,18 +66,36 @@ def starting_masks(model: VisionModel, weights: Mapping[str, nn.Parameter], *, i
         else:
             densities = dict.fromkeys(shapes, density)
         masks = draw_masks(shapes, densities, seed)
-    return {name: mask for name, mask in masks.items()
-            if mask.sum().item() < DENSE_FROM * mask.numel()}
+    return _without_dense_layers(masks, init, density)
+
+
+def _without_dense_layers(masks: dict[str, Tensor], init: str, density: float
+                          ) -> dict[str, Tensor]:
+    """Those that mask enough to be kept. Raises UserError where a layer is wholly masked, or none
+    is masked."""
+    counts = {name: int(mask.sum()) for name, mask in masks.items()}
+    empty = [name for name, count in counts.items() if count == 0]
+    if empty:
+        raise UserError(f"--sparsity {1 - density:g} with --sparse-init {init} leaves {len(empty)} "
+                        f"layer(s) without a weight, {empty[0]} the first, and they would stay so. "
+                        "Lower --sparsity, or use --sparse-init erk.")
+    masks = {name: mask for name, mask in masks.items()
+             if counts[name] < DENSE_FROM * mask.numel()}
+    if not masks:
+        raise UserError(f"--sparsity {1 - density:g} masks nothing: no layer falls below the "
+                        f"density of {DENSE_FROM} from which it stays dense. Raise --sparsity.")
+    return masks
 
 
 def _check_zeros(weights: Mapping[str, nn.Parameter], init: str, density: float) -> None:
     """A network that was trained sparse must not be masked anew, nor a dense one be taken for
     sparse."""
     zeros = {name: int((weight == 0).sum()) for name, weight in weights.items()}
+    total = sum(weight.numel() for weight in weights.values())
+    share = sum(zeros.values()) / total
     # A layer of nothing but zeros is one that starts at zero, as the heads of Transformers do.
-    is_sparse = any(0.01 * weights[name].numel() < zeros[name] < weights[name].numel()
-                    for name in weights)
-    share = sum(zeros.values()) / sum(weight.numel() for weight in weights.values())
+    is_sparse = 0.05 * total < sum(number for name, number in zeros.items()
+                                   if number < weights[name].numel())
     if init != "weights" and is_sparse:
         raise UserError(f"{share:.1%} of the weights are zero already, as of a network that was "
                         f"trained sparse, and --sparse-init {init} would zero others at random. "

@@ -182,28 +182,35 @@ class SparseMask:
         return {"density": self.density, **rate}
 
     def describe(self) -> str:
-        change = "masks stay as they are"
-        if self.prune_every:
-            change = (f"every {self.prune_every} updates a share of them, {self.prune_rate_at(0):g}"
-                      f" -> {FINAL_PRUNE_RATE}, moves ({self.growth} growth)")
+        num_changes = (self.total_steps - 1) // self.prune_every if self.prune_every else 0
+        change = f"they never change in {self.total_steps:,} updates"
+        if num_changes:
+            change = (f"they change {num_changes:,} times, every {self.prune_every} updates, by a "
+                      f"share of {self.prune_rate_at(0):g} -> {FINAL_PRUNE_RATE} ({self.growth} "
+                      "growth)")
         return (f"{len(self.masks)} layers masked, {self.num_maskable - self.num_masked:,} of "
                 f"{self.num_maskable:,} weights live (density {self.density:.4f}); {change}")
 
     def state_dict(self) -> dict[str, Any]:
         """Masks at one bit per weight, and the counters."""
         return {"masks": {name: _pack(mask) for name, mask in self.masks.items()},
-                "num_changes": self.num_changes, "changed_at": self.changed_at,
-                "prune_rate": self.prune_rate}
+                "num_masked": self.num_masked, "num_changes": self.num_changes,
+                "changed_at": self.changed_at, "prune_rate": self.prune_rate}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ValueError when the masks are those of another network."""
+        """Raises ValueError when the masks are damaged, or those of other weights than the network
+        holds by now."""
         for name, bits in state["masks"].items():
             weight = self.weights.get(name)
-            if weight is None or bits.numel() != -(-weight.numel() // 8):
+            if (weight is None or not isinstance(bits, Tensor) or bits.dtype is not torch.uint8
+                    or bits.shape != (-(-weight.numel() // 8),)):
                 raise ValueError(f"its mask of {name} does not fit this network")
         self._set_masks({name: _unpack(bits, self.weights[name].shape)
                          for name, bits in state["masks"].items()})
         self._count()
+        if self.num_masked != state["num_masked"] or any(
+                self.weights[name][~mask].any() for name, mask in self.masks.items()):
+            raise ValueError("its masks are not those of its weights")
         self.prune_rate = state["prune_rate"]
         self.num_changes, self.changed_at = state["num_changes"], state["changed_at"]
 

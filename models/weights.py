@@ -84,6 +84,14 @@ def published_source(model_name: str) -> str:
     return PUBLISHED[model_name].url
 
 
+def published_table() -> str:
+    """A Markdown table of the known addresses."""
+    rows = ["| name | top-1 % | px | address |", "|---|---:|---:|---|"]
+    rows += [f"| {name} | {known.top1 or 'not stated'} | {known.size} | {known.url} |"
+             for name, known in PUBLISHED.items()]
+    return "\n".join(rows)
+
+
 def load_weights(model: nn.Module, source: str | Path, key: str | None = None) -> None:
     """Load a file or an address strictly into `model`, and say which of its weights.
 

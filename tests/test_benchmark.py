@@ -30,6 +30,8 @@ def test_the_mean_counts_the_change_once():
 
 @pytest.mark.parametrize("words, telling", [
     (["masks"], "masking"), (["masking", "--repeats", "0"], "--repeats must be at least 1"),
+    (["masking", "--model", "vit_nano", "--input-size", "32"], "takes 224 px only"),
+    (["masking", "--batch-size", "1"], "--batch-size must be at least 2"),
     (["masking", "--model", "slak"], "unknown model"),
     (["masking", "--model", "resnet_nano", "--sparsity", "1"], "--sparsity must lie in")])
 def test_bad_words(words, telling, capsys):

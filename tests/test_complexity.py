@@ -81,6 +81,11 @@ def test_the_command(capsys, tmp_path):
 
 @pytest.mark.parametrize("words, telling", [
     (["--model", "slak_pico", "--checkpoint", "x.pth"], "give --checkpoint FILE; or --model"),
+    (["--model", "vit_nano", "--input-size", "64"], "takes 224 px only"),
+    (["--model", "slak_pico", "--input-size", "0"], "at least 1, got 0"),
+    (["--model", "slak_pico", "--sparse-init", "erk"], "give --checkpoint"),
+    (["--weights-key", "model"], "give --checkpoint"),
+    (["--checkpoint", "a.pth", "--num-classes", "7"], "give --checkpoint"),
     (["--sparsity", "0.4"], "give --checkpoint"), (["--weights", "x.pth"], "give --checkpoint"),
     (["--model", "slak_pico", "--sparsity", "1"], "must lie in"),
     (["--checkpoint", "none.pth"], "no such file"),

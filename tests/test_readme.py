@@ -11,6 +11,7 @@ import train_kd
 from analysis.complexity import table
 from losses.base import LOSSES, create_loss
 from models.base import MODELS
+from models.weights import published_table
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
@@ -59,3 +60,8 @@ def test_the_table_of_models_is_what_the_command_prints():
     rows = table([[name] for name in models.list_models()], 1000, 224).splitlines()
     missing = [row for row in rows if row not in README.splitlines()]
     assert not missing, "run python -m analysis.complexity and paste its table into README"
+
+
+def test_the_table_of_addresses_is_the_programs():
+    missing = [row for row in published_table().splitlines() if row not in README.splitlines()]
+    assert not missing

@@ -9,7 +9,7 @@ from torch import nn
 
 import engine
 import train_kd
-from models import create_model
+from models import create_model, list_models
 from models.sparse_init import draw_masks, starting_masks
 from models.sparsity import (
     FINAL_PRUNE_RATE,
@@ -176,6 +176,36 @@ def test_snip_without_a_gradient_is_refused(batch):
         snip_densities(model, *batch, 0.6)
 
 
+@pytest.mark.parametrize("name", [name for name in list_models() if name.endswith("_nano")])
+def test_erk_masks_a_network_of_every_kind(name):
+    model = create_model(name, 10)
+    weights = maskable(model)
+    masks = starting_masks(model, weights, init="erk", density=0.6, first_batch=no_batch, seed=0)
+    live = sum(int(mask.sum()) - mask.numel() for mask in masks.values())
+    total = sum(weight.numel() for weight in weights.values())
+    assert 1 + live / total == pytest.approx(0.6, abs=0.01)
+
+
+def test_snip_does_not_depend_on_what_was_drawn_before(batch):
+    """Drop path in it is seeded."""
+    model = fill_by_name(micro_slak(drop_path=0.5))
+    masks = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        masks.append(starting_masks(model, maskable(model), init="snip-mask", density=0.6,
+                                    first_batch=lambda: batch, seed=0))
+    assert all(torch.equal(mask, masks[1][name]) for name, mask in masks[0].items())
+
+
+def test_no_layer_may_be_left_without_a_weight_and_none_masked_at_all(batch):
+    model = fill_by_name(micro_slak())
+    for density, words in ((0.001, "leaves .* layer.s. without a weight, .*erk"),
+                           (0.995, "0.005 masks nothing")):
+        with pytest.raises(UserError, match=words):
+            starting_masks(model, maskable(model), init="uniform", density=density,
+                           first_batch=no_batch, seed=0)
+
+
 @pytest.mark.parametrize("init, density, words", [
     ("snap", 0.6, "must be one of snip, snip-mask, erk, uniform, weights; got 'snap'"),
     ("erk", 0.0, r"--sparsity must lie in \(0, 1\)"), ("erk", 1.5, "got -0.5"),
@@ -199,6 +229,21 @@ def test_wrong_words_and_rates_are_refused(options, words):
 
 
 # Training under masks
+
+
+def test_masked_weights_are_zero_from_the_start_on():
+    state = sparse_state()
+    average = dict(state.ema.model.named_parameters())
+    for name, mask in state.sparsity.masks.items():
+        assert (state.sparsity.weights[name][~mask] == 0).all()
+        assert (average[name][~mask] == 0).all()
+
+
+def test_what_will_happen_is_described():
+    text = sparse_state(total_steps=100, prune_every=10, growth="gradient").sparsity.describe()
+    assert "they change 9 times, every 10 updates, by a share of 0.3 -> 0.005 (gradient" in text
+    for options in ({"prune_every": 0}, {"total_steps": 5, "prune_every": 10}):
+        assert "they never change" in sparse_state(**options).sparsity.describe()
 
 
 def sparse_state(*, start: str = "erk", total_steps: int = 100, prune_every: int = 2,
@@ -397,16 +442,35 @@ def test_one_bit_per_weight_goes_there_and_back():
     num_weights = sum(mask.numel() for mask in state.sparsity.masks.values())
     assert num_weights / 8 <= size <= num_weights / 8 + len(saved["masks"])
     other = sparse_state(start="")
-    other.sparsity.load_state_dict(saved)
+    other.load_state_dict(state.state_dict())
     assert other.sparsity.masks.keys() == state.sparsity.masks.keys()
     for name, mask in state.sparsity.masks.items():
         assert torch.equal(other.sparsity.masks[name], mask)
         assert other.sparsity.masks[name].stride() == mask.stride()
     assert other.sparsity.density == state.sparsity.density
     assert other.sparsity.figures() == state.sparsity.figures()
-    saved["masks"]["head.weight"] = torch.zeros(3, dtype=torch.uint8)
-    with pytest.raises(ValueError, match="mask of head.weight does not fit"):
-        other.sparsity.load_state_dict(saved)
+
+
+DAMAGES = {
+    "short": lambda masks: masks.update({"head.weight": torch.zeros(3, dtype=torch.uint8)}),
+    "no bytes": lambda masks: masks.update({"head.weight": masks["head.weight"].float()}),
+    "no tensor": lambda masks: masks.update({"head.weight": 3}),
+    "of another network": lambda masks: masks.update({"fc.weight": masks["head.weight"]}),
+    "one is missing": lambda masks: masks.pop("head.weight"),
+    "all are missing": lambda masks: masks.clear(),
+    "inverted": lambda masks: masks.update({name: 255 - bits for name, bits in masks.items()}),
+    "one bit": lambda masks: masks["stages.0.0.pwconv1.weight"][:1].bitwise_xor_(1),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_masks_are_refused(damage):
+    state = sparse_state(start="uniform")
+    update(state)
+    saved = copy.deepcopy(state.state_dict())
+    DAMAGES[damage](saved["sparsity"]["masks"])
+    with pytest.raises(ValueError, match="does not fit this network|not those of its weights"):
+        sparse_state(start="").load_state_dict(saved)
 
 
 @pytest.mark.parametrize("growth", ["random", "gradient", "momentum"])
@@ -476,14 +540,16 @@ def test_resuming_otherwise_is_refused_with_the_reason(sparse_run, tmp_path, cap
     message = refused(capsys, tmp_path, *SPARSE, "--model-ema", "--growth", "gradient",
                       "--resume", str(file))
     assert "growth: random there, gradient here" in message
-    saved = load_file(file)
-    saved["sparsity"] = None
-    (tmp_path / "other").mkdir()
-    save_atomically(saved, tmp_path / "other" / "no-masks.pth")
-    message = refused(capsys, tmp_path / "runs", *SPARSE, "--model-ema", "--resume",
-                      str(tmp_path / "other" / "no-masks.pth"))
-    assert "holds no masks" in message
-    assert not (tmp_path / "runs").exists()
+    for content, telling in ((None, "holds no masks"),
+                             ({"masks": {}, "num_masked": 1}, "its masks"),
+                             ([1], "does not hold the state"), ({"masks": 3}, "does not hold")):
+        saved = {**load_file(file), "sparsity": content}
+        (tmp_path / "other").mkdir(exist_ok=True)
+        save_atomically(saved, tmp_path / "other" / "damaged.pth")
+        message = refused(capsys, tmp_path / "runs", *SPARSE, "--model-ema", "--resume",
+                          str(tmp_path / "other" / "damaged.pth"))
+        assert telling in message
+        assert not (tmp_path / "runs").exists()
 
 
 def test_zeros_of_a_file_are_kept_with_weights_and_not_masked_anew(sparse_run, tmp_path, capsys):
@@ -517,7 +583,11 @@ def test_bad_words_stop_before_the_run_folder_exists(words, telling, tmp_path, c
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_sparse_student_under_a_teacher(tmp_path):
+def test_a_sparse_student_under_a_teacher(tmp_path, monkeypatch):
+    """The student is masked, the teacher is not."""
+    teachers, build = [], train_kd.build_teacher
+    monkeypatch.setattr(train_kd, "build_teacher", lambda *args: teachers.append(build(*args)) or
+                        teachers[-1])
     words = ["--teacher", "slak_pico", "--teacher-weights", "random", "--student",
              "convnext_bn_pico", "dims=16,32", "--epochs", "1", *SPARSE]
     assert train_kd.main([*SMALL, *words, "--output-dir", str(tmp_path)]) == 0
@@ -526,3 +596,6 @@ def test_a_sparse_student_under_a_teacher(tmp_path):
     saved = load_file(folder / "checkpoint-last.pth")
     for name in saved["sparsity"]["masks"]:
         assert (saved["model"][name] == 0).any()
+    (teacher,) = teachers
+    weights = [weight for weight in teacher.parameters() if weight.dim() > 1]
+    assert weights and not any((weight == 0).float().mean() > 0.01 for weight in weights)

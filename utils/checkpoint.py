@@ -49,7 +49,7 @@ def write_text_atomically(text: str, path: Path) -> None:
 def load_file(path: Path) -> dict[str, Any]:
     """A file written by torch.save, without running code from it: tensors, plain values, and
     argparse's Namespace, which published checkpoints carry. Or tensors in a .safetensors file."""
-    if path.suffix == ".safetensors":
+    if Path(path).suffix == ".safetensors":
         return _load_safetensors(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):

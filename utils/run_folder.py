@@ -80,14 +80,14 @@ def restore(state: Any, path: Path, saved: dict[str, Any]) -> None:
         if state.sparsity is not None and saved.get("sparsity") is None:
             raise ValueError("it holds no masks, and new ones would zero weights that were trained")
         state.load_state_dict(saved)
-    except (KeyError, RuntimeError, ValueError) as error:
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{path} does not hold the state of this run ({one_line(error)}). Continue "
                         "another file with --resume, or set another --output-dir.") from None
 
 
 def checkpoint_names(epoch: int, is_last: bool, save_freq: int, best: list[str]) -> list[str]:
-    """The files that the state after `epoch` goes to; `best`: '' or '_ema' of the networks that
-    were never better."""
+    """The files that the state after `epoch` goes to. `best` has '' when the student and '_ema'
+    when its average was never as good as now."""
     names = [LAST]
     if save_freq and ((epoch + 1) % save_freq == 0 or is_last):
         names.append(f"checkpoint-{epoch}.pth")
