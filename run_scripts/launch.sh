@@ -3,14 +3,15 @@
 # Afterwards `launch train_kd.py ...` is one training on $GPUS processes of each machine.
 #
 # NNODES, HOST, RUN_ID  Several machines: how many, the name of the first, any word that they share
-#     (default: l2s). Started on each of them; RUNS on storage that all see. Under Slurm, in a job
-#     script with --ntasks-per-node=1 and --signal=TERM@120 (saves before the time is up):
+#     (default: l2s). Started on each of them, with L2S_PYTHON, so that they do not make the
+#     environment at once; RUNS on storage that all see. Under Slurm the job script of README.md,
+#     with these lines for its last ones (not run under Slurm):
 #         export NNODES=$SLURM_NNODES RUN_ID=$SLURM_JOB_ID GPUS=8
 #         export HOST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-#         srun bash run_scripts/NAME.sh || scontrol requeue "$SLURM_JOB_ID"
-#     With L2S_PYTHON, so that not every machine makes an environment. Not run under Slurm.
-# WEIGHTS   Loops over teachers: a folder that may hold <teacher>.pth; others are the published ones.
-# TEACHERS, STUDENTS, LOSSES  Loops: which cells. A word is NAME[:option=value...]; losses are joined
+#         srun --cpus-per-task=96 bash run_scripts/NAME.sh \
+#             || { [ "${SLURM_RESTART_COUNT:-0}" -lt 20 ] && scontrol requeue "$SLURM_JOB_ID"; }
+# WEIGHTS  Loops over teachers: a folder that may hold <teacher>.pth; the others are published ones.
+# TEACHERS, STUDENTS, LOSSES Loops: which cells; a word is NAME[:option=value...]; losses are joined
 #     with +, so that LOSSES="nkd ce+fd:weight=3e-5" is --loss nkd, then --loss ce --loss fd
 #     weight=3e-5. A cell that is complete is not trained again.
 #
@@ -19,7 +20,8 @@
 # Paths are the caller's, whose folder setup.sh has left.
 for name in WEIGHTS STUDENT_WEIGHTS; do
     value=${!name:-}
-    if [[ "$value" != /* && "$value" != *://* && ( "$value" == */* || -e "$OLDPWD/$value" ) ]]; then
+    if [[ -n "$value" && "$value" != /* && "$value" != *://* &&
+          ( "$value" == */* || -e "$OLDPWD/$value" ) ]]; then
         export "$name=$OLDPWD/$value"
     fi
 done
@@ -43,9 +45,8 @@ launch() {
     "$PYTHON" -m torch.distributed.run "${rendezvous[@]}" --nproc_per_node="$GPUS" "$@" &
     child=$!
     trap 'stopped=143; kill -TERM $child 2>/dev/null || true' INT TERM
-    while kill -0 $child 2>/dev/null; do
-        wait $child && status=0 || status=$?
-    done
+    wait $child || status=$?
+    while kill -0 $child 2>/dev/null; do wait $child || status=$?; done  # a signal ends only `wait`
     trap - INT TERM
     return $((stopped ? stopped : status))
 }

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # SLaK-B, kernels 51x5 and 5x51, 40 % of its weights masked and moving all the time.
 # Paper table: ImageNet-1K, SLaK-B, 300 epochs (158.0 M weights, 94.9 M of them live)
-# Hardware:    any number of GPUs, several machines as in README.md; published on 16 of 32 images
-#              x 8 accumulated = 4096 in float32 (add --amp none); hours not measured
+# Hardware:    any number of GPUs, several machines as in launch.sh; published on 16 of 32 images
+#              x 8 accumulated = 4096 in float32 (add --amp none)
+# Cost:        3 x 28.5 G multiply-accumulates per image (masking saves none); hours not measured
 # Expected:    top-1 84.0 % (published; not repeated here)
 #
 #     DATA=path/to/imagenet GPUS=8 bash run_scripts/train_slak_b_300ep.sh
@@ -13,9 +14,8 @@ DATA=${DATA:?set DATA to the folder that holds train/ and val/}
 GPUS=${GPUS:-8}
 RUNS=${RUNS:-runs/teachers}
 
-launch train_kd.py \
-    --config run_scripts/recipes/imagenet.yaml --data-path "$DATA" --output-dir "$RUNS" \
-    --teacher none \
-    --student slak_b drop_path=0.5 --model-ema --epochs 300 \
+launch train_kd.py --config run_scripts/recipes/imagenet.yaml \
+    --data-path "$DATA" --output-dir "$RUNS" \
+    --teacher none --student slak_b drop_path=0.5 --model-ema --epochs 300 \
     --batch-size 32 --effective-batch 4096 \
     --sparsity 0.4 --sparse-init snip --growth random --prune-every 100 --prune-rate 0.3 "$@"

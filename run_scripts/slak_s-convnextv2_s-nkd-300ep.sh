@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# SLaK-S teaches ConvNeXt-V2-S (global response normalisation, no BatchNorm), NKD.
+# Paper table: ConvNeXt-V2 as a student (its figures are not known to this project)
+# Hardware:    any number of GPUs; 4 x 64 images x 16 accumulated = 4096 per update, as for L2S-S
+# Cost:        teacher 16.5 G + 3 x 8.7 G multiply-accumulates per image; hours not measured
+# Expected:    unknown; the gain is over supervised-300ep.sh
+#
+#     DATA=path/to/imagenet bash run_scripts/slak_s-convnextv2_s-nkd-300ep.sh
+#     TEACHER_WEIGHTS=path/to/file GPUS=4 ...
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
+source run_scripts/launch.sh
+DATA=${DATA:?set DATA to the folder that holds train/ and val/}
+GPUS=${GPUS:-8}
+RUNS=${RUNS:-runs}
+TEACHER_WEIGHTS=${TEACHER_WEIGHTS:-published}
+
+launch train_kd.py --config run_scripts/recipes/imagenet.yaml \
+    --data-path "$DATA" --output-dir "$RUNS" \
+    --teacher slak_s --teacher-weights "$TEACHER_WEIGHTS" \
+    --student convnextv2_s drop_path=0.1 \
+    --loss nkd temperature=1 gamma=1 --effective-batch 4096 --epochs 300 "$@"
