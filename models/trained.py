@@ -14,7 +14,7 @@ def load_trained(path: Path, key: str | None = None) -> tuple[VisionModel, dict[
     settings = load_file(path).get("args")
     if not isinstance(settings, dict) or "student" not in settings:
         raise UserError(f"{path} does not say which model it holds; that is known only of the "
-                        "checkpoints of train_kd.py. Name the model and its weights instead.")
+                        "checkpoints of train_kd.py. Use --model NAME --weights FILE instead.")
     name, options = parse_spec(settings["student"], "--student")
     model = create_model(name, settings["num_classes"], **options)
     load_weights(model, path, key)

@@ -5,4 +5,5 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements-dev.txt
 
 "$PYTHON" -m ruff check .
-"$PYTHON" -m pytest "$@"
+# Tests run on one thread each, two at a time.
+"$PYTHON" -m pytest -n 2 --dist worksteal "$@"
