@@ -125,7 +125,7 @@ def named_model(args: argparse.Namespace) -> models.VisionModel:
 
 def build_source(args: argparse.Namespace, model: models.VisionModel) -> data.ImageSource:
     args.data_set = args.data_set or ["imagefolder"]
-    args.input_size = args.input_size or model.input_size or 224
+    args.input_size = args.input_size or model.input_size or model.native_size or 224
     if model.input_size not in (None, args.input_size):
         raise UserError(f"--input-size {args.input_size}: this model takes {model.input_size} px "
                         "only.")

@@ -296,8 +296,7 @@ def build_model(words: list[str], flag: str, num_classes: int, weights: str,
                 weights_key: str | None, dry_run: bool) -> models.VisionModel:
     name, options = parse_spec(words, flag)
     model = models.create_model(name, num_classes, **options)
-    if not (dry_run and weights == "published"):
-        fetch_weights(model, name, weights, f"{flag}-weights", weights_key)
+    fetch_weights(model, name, weights, f"{flag}-weights", weights_key, dry_run=dry_run)
     return model
 
 

@@ -141,12 +141,16 @@ def layer_table(layers: list[Layer]) -> str:
     return "\n".join(rows)
 
 
-def table(specs: list[list[str]], num_classes: int, input_size: int) -> str:
-    """A Markdown table, one row per `NAME key=value ...`."""
+def native_size(model: models.VisionModel) -> int:
+    return model.input_size or model.native_size or 224
+
+
+def table(specs: list[list[str]], num_classes: int, input_size: int | None = None) -> str:
+    """A Markdown table, one row per `NAME key=value ...`, at `input_size` or each at its own."""
     rows = ["| model | parameters | MACs | input | stages |", "|---|---:|---:|---:|---|"]
     for words in specs:
         model = meta_model(words, num_classes)
-        size = model.input_size or input_size
+        size = input_size or native_size(model)
         stages = ", ".join(f"{info.channels}/{info.stride}" for info in model.feature_info)
         rows.append(f"| {' '.join(words)} | {model.num_parameters:,} | "
                     f"{count_macs(model, size) / 1e9:.3f} G | {size} | {stages} |")
@@ -212,14 +216,14 @@ def main(argv: list[str] | None = None) -> int:
             name, options = parse_spec(args.model, "--model")
             model = models.create_model(name, args.num_classes, **options)
             fetch_weights(model, name, args.weights, "--weights", args.weights_key)
-            print_layers(model, args.input_size or model.input_size or 224, count_nonzero(model))
+            print_layers(model, args.input_size or native_size(model), count_nonzero(model))
         elif args.model:
             model = meta_model(args.model, args.num_classes)
-            print_layers(model, args.input_size or model.input_size or 224,
+            print_layers(model, args.input_size or native_size(model),
                          expected_nonzero(model, args.sparsity, args.sparse_init))
         else:
             specs = [[name] for name in models.list_models()]
-            print(table(specs, args.num_classes, args.input_size or 224))
+            print(table(specs, args.num_classes, args.input_size))
             print("\nMACs: convolutions and matrix products of one image. Stages: channels/stride.")
     except UserError as error:
         print(f"analysis.complexity: error: {error}", file=sys.stderr)

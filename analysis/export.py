@@ -33,10 +33,16 @@ def export(model: models.VisionModel, out: Path) -> None:
     """Write the state dict of the equal ConvNeXt under `model`, as published files have it."""
     if not hasattr(model, "convnext_state"):
         raise UserError(f"{type(model).__name__} is no ConvNeXt with BatchNorm.")
-    if out.exists():
-        raise UserError(f"{out} exists already; name another file.")
+    if out.exists() or not out.absolute().parent.is_dir():
+        raise UserError(f"--out {out} must be a file that does not exist yet, in a folder that "
+                        "does.")
     save_atomically({"model": model.convnext_state()}, out)
-    print(f"written to {out}; evaluate it as convnext_t, convnext_s or convnext_b")
+    depths, dims = ([",".join(map(str, numbers)) for numbers in (
+        model.depths, [info.channels for info in model.feature_info])])
+    scale = "" if any(name.endswith(".gamma") for name in model.state_dict()) else (
+        " layer_scale_init=0")
+    print(f"written to {out}\npython eval.py --model convnext_t depths={depths} dims={dims}{scale} "
+          f"--num-classes {model.num_classes} --weights {out} ...")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -48,6 +54,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.checkpoint:
             model, _ = load_trained(args.checkpoint, args.weights_key)
         else:
+            if args.weights == "random":
+                raise UserError("--weights random has nothing to export; name a file.")
             name, options = parse_spec(args.model, "--model")
             model = models.create_model(name, args.num_classes, **options)
             fetch_weights(model, name, args.weights, "--weights", args.weights_key)

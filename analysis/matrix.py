@@ -104,8 +104,8 @@ def build_parser() -> Parser:
 def main(argv: list[str] | None = None) -> int:
     try:
         args: argparse.Namespace = build_parser().parse(sys.argv[1:] if argv is None else argv)
-        if min(args.input_size, args.num_classes) < 1 or args.batch_size < 2:
-            raise UserError("--input-size and --num-classes must be at least 1, --batch-size 2.")
+        if args.input_size < 32 or min(args.num_classes, args.batch_size) < 2:
+            raise UserError("--input-size must be at least 32, --num-classes and --batch-size 2.")
         options = engine.StepOptions(
             device=setup(args.device), amp_dtype=engine.AMP_DTYPES[args.amp], accum_steps=1,
             clip_grad=None, memory_format=torch.channels_last, seed=0)

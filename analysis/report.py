@@ -6,42 +6,32 @@
 import argparse
 import csv
 import io
-import json
 import re
 import statistics
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
+from analysis.runs import Run, read_runs
 from utils.checkpoint import write_text_atomically
 from utils.config import Parser
-from utils.errors import UserError, one_line
+from utils.errors import UserError
 from utils.run_folder import FREE_ON_RESUME
 
 # What may differ between runs of one row: the seed, and where and how they ran.
 NOT_COMPARED = FREE_ON_RESUME - {"student_weights", "student_weights_key"} | {"seed"}
 # What may also differ between a distilled run and the supervised one its gain is measured against.
 TEACHING = NOT_COMPARED | {"teacher", "teacher_weights", "teacher_weights_key", "loss"}
-NEEDED = {"teacher": list, "student": list, "loss": list, "epochs": int, "seed": int}
 
 MARK = "<!-- written by python -m analysis.report -->"  # by which it knows its own files
 DEFINITIONS = """\
 - top-1: last epoch (of averaged weights if kept), mean +- sample standard deviation over n seeds.
 - teacher top-1: on the same images at the student's input size, mean over the seeds.
-- direct gain: points over the supervised run with the same student, recipe and epochs.
+- direct gain: points over the supervised run with the same student, recipe and epochs, trained with
+  plain cross-entropy if there are several. Paths of the data are not compared, their sizes are.
 - relative gain: direct gain / (teacher top-1 - supervised top-1); 1 is the teacher's accuracy. '-'
   where that lead is unknown or, to two decimals, not positive: the ratio is undefined or misleading
   when the student already equals the teacher."""
-
-
-class Run(NamedTuple):
-    folder: Path
-    args: dict[str, Any]
-    acc1: float  # last epoch, percent; of the averaged weights when the run kept them
-    num_epochs_done: int
-    teacher_acc1: float | None = None  # percent
 
 
 class Row(NamedTuple):
@@ -60,51 +50,6 @@ class Row(NamedTuple):
     runs: str
 
 
-def read_run(folder: Path) -> Run:
-    """A run folder's settings and its last line of log.txt; UserError where there is none."""
-    try:
-        args = yaml.safe_load((folder / "args.yaml").read_text())
-        last = last_record(folder / "log.txt")
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(f"{folder} (no run with a finished epoch: {Path(error.filename).name} is "
-                        "missing)") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{folder} (args.yaml or log.txt is damaged: {one_line(error)})") from None
-    wrong = [name for name, kind in NEEDED.items()
-             if not isinstance(args, dict) or not isinstance(args.get(name), kind)]
-    if wrong:
-        raise UserError(f"{folder} (args.yaml has no valid {', '.join(wrong)})")
-    return Run(folder, args, last.get("test_acc1_ema", last["test_acc1"]), last["epoch"] + 1,
-               last.get("teacher_acc1"))
-
-
-def last_record(path: Path) -> dict[str, Any]:
-    record = None
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        try:
-            record = json.loads(line)
-            sum([record["epoch"], record["test_acc1"]])  # both there, and numbers
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path.parent} (line {number} of {path} is no JSON object with epoch "
-                            "and test_acc1)") from None
-    if record is None:
-        raise UserError(f"{path.parent} (no finished epoch)")
-    return record
-
-
-def read_runs(folders: list[Path]) -> tuple[list[Run], list[str]]:
-    """The runs, and what is none with the reason. Raises UserError when nothing is left."""
-    runs, left_out = [], []
-    for folder in folders:
-        try:
-            runs.append(read_run(folder))
-        except UserError as error:
-            left_out.append(str(error))
-    if not runs:
-        raise UserError(f"nothing to report on: {'; '.join(left_out)}.")
-    return runs, left_out
-
-
 def is_supervised(run: Run) -> bool:
     return run.args["teacher"] == ["none"]
 
@@ -113,7 +58,7 @@ def settings(run: Run, left_out: frozenset[str] = NOT_COMPARED) -> dict[str, Any
     """What runs of one row share. Each seed may have the teacher of its own seed."""
     if is_supervised(run):
         left_out |= {"teacher_weights", "teacher_weights_key"}
-    return {name: re.sub(r"-seed\d+", "", value) if name == "teacher_weights" else value
+    return {name: re.sub(r"-seed\d+", "", str(value)) if name == "teacher_weights" else value
             for name, value in run.args.items() if name not in left_out}
 
 
@@ -155,9 +100,14 @@ def find_baseline(run: Run, groups: list[list[Run]]) -> tuple[float | None, str]
                   if is_supervised(group[0]) and group[0].args["student"][0] == student]
     if not candidates:
         return None, f"no finished supervised run of {student}"
+    equal = [group for names, group in candidates if not names]
+    plain = [group for group in equal if group[0].args["loss"] == [["ce"]]] or equal
+    if len(plain) > 1:
+        return None, (f"{len(plain)} supervised runs differ in their loss only "
+                      f"({', '.join(str(group[0].folder) for group in plain)})")
+    if plain:
+        return statistics.mean(other.acc1 for other in plain[0]), ""
     names, nearest = min(candidates, key=lambda candidate: len(candidate[0]))
-    if not names:
-        return statistics.mean(other.acc1 for other in nearest), ""
     return None, (f"no finished supervised run with {in_words(wanted, names)} (nearest: "
                   f"{nearest[0].folder}, {in_words(settings(nearest[0]), names)})")
 

@@ -35,7 +35,7 @@ class VisionModel(nn.Module):
     input_mean: tuple[float, float, float] = IMAGENET_MEAN  # what the weights expect
     input_std: tuple[float, float, float] = IMAGENET_STD
     input_size: int | None = None  # the only side length it accepts, in pixels; None: any
-    native_size: int | None = None  # of any, the one that published weights expect; None: 224
+    native_size: int | None = None  # of any, the one its weights expect as a teacher's
 
     def forward_with_features(self, images: Tensor) -> ModelOutput:
         """(N, 3, H, W) -> logits (N, num_classes) and one map per stage."""

@@ -193,10 +193,10 @@ class ConvNeXtV2(ConvNeXtFrame):
 def translated_convnext(state: dict[str, Tensor]) -> dict[str, Tensor]:
     result = renamed(state, CONVNEXT_NAMES)
     for name, value in result.items():
-        if name.endswith(".gamma") and ".grn." not in name:
+        if name.endswith(".gamma") and value.shape[1:] == (1, 1):
             result[name] = value.flatten()  # torchvision's layer scale is (C, 1, 1)
-        elif ".grn." in name:
+        elif ".grn." in name and value.dim() == 1:
             result[name] = value.view(1, 1, 1, -1)  # timm's is (4C,)
-        elif ".pwconv" in name and value.dim() == 4:
+        elif ".pwconv" in name and value.shape[2:] == (1, 1):
             result[name] = value.flatten(1)  # 1x1 convolutions in some of timm's files
     return result

@@ -23,22 +23,23 @@ B0 = [(1, 3, 1, 32, 16, 1), (6, 3, 2, 16, 24, 2), (6, 5, 2, 24, 40, 2), (6, 3, 2
 @register_model("efficientnet_nano", width=0.3, depth=0.3)
 class EfficientNet(VisionModel, efficientnet.EfficientNet):
     """EfficientNet (Tan and Le 2019, arXiv 1905.11946). As a teacher it is given pictures of
-    `native_size` pixels, the side its weights were trained at.
+    `native_size` pixels, the side its weights were trained at; 0: the student's.
 
     The maps are the last at each of the strides 4, 8, 16, and the final 1x1 convolution's at 32.
     """
 
     def __init__(self, num_classes: int = 1000, width: float = 1.0, depth: float = 1.0,
-                 native_size: int = 224, dropout: float = 0.3, drop_path: float = 0.2) -> None:
+                 native_size: int = 0, dropout: float = 0.3, drop_path: float = 0.2) -> None:
         check_drop_path(drop_path)
-        if not (width > 0 and depth > 0 and native_size > 0 and 0 <= dropout < 1):
-            raise UserError(f"EfficientNet needs a positive width, depth and native_size and a "
-                            f"dropout in [0, 1); got {width}, {depth}, {native_size}, {dropout}.")
+        if not (width > 0 and depth > 0 and native_size >= 0 and 0 <= dropout < 1):
+            raise UserError(f"EfficientNet needs a positive width and depth, a native_size of 0 or "
+                            f"more and a dropout in [0, 1); got {width}, {depth}, {native_size}, "
+                            f"{dropout}.")
         settings = [efficientnet.MBConvConfig(*row, width_mult=width, depth_mult=depth)
                     for row in B0]
         super().__init__(settings, dropout, stochastic_depth_prob=drop_path,
                          num_classes=num_classes)
-        self.num_classes, self.native_size = num_classes, native_size
+        self.num_classes, self.native_size = num_classes, native_size or None
         # features: stem, seven stages, last convolution
         self.map_indices = (2, 3, 5, 8)
         channels = [settings[1].out_channels, settings[2].out_channels, settings[4].out_channels,
@@ -93,11 +94,11 @@ class MobileNetV3(VisionModel, mobilenetv3.MobileNetV3):
 
     @classmethod
     def options_of(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
-        return {"bn_eps": 1e-5} if "conv_stem.weight" in state else {}
+        return {"bn_eps": 1e-5} if "conv_head.bias" in state else {}
 
     def translated(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Takes timm's names, too, if `bn_eps` is timm's."""
-        if "conv_stem.weight" not in state:
+        if not {"conv_stem.weight", "conv_head.weight", "conv_head.bias"} <= state.keys():
             return state
         if self.bn_eps != 1e-5:
             raise UserError("these are timm's MobileNetV3 weights, trained with a BatchNorm eps of "

@@ -6,11 +6,12 @@ from torch import Tensor
 
 from models.base import MODELS, create_model
 
-COMPUTED = ("relative_position_index", "attn_mask")  # buffers that hold nothing learned
+# Buffers that hold nothing learned. Files older than torch 0.4.1 do not count BatchNorm's batches.
+COMPUTED = ("relative_position_index", "attn_mask", "num_batches_tracked")
 
 
 def learned(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`state` without buffers that are computed from the sizes of a network."""
+    """`state` without what a file need not have."""
     return {name: value for name, value in state.items() if not name.endswith(COMPUTED)}
 
 
@@ -35,7 +36,7 @@ def _fit(name: str, state: Mapping[str, Tensor]) -> tuple[str, float]:
         with torch.device("meta"):
             model = create_model(name, _num_classes(state), **options)
         theirs = learned(model.translated(dict(state)))
-    except (ValueError, RuntimeError, LookupError):  # shapes of something else altogether
+    except (ValueError, TypeError, RuntimeError, LookupError):  # something else altogether
         return name, 0.0
     ours = learned(model.state_dict())
     common = sum(key in theirs and theirs[key].shape == value.shape for key, value in ours.items())

@@ -97,8 +97,9 @@ INPUT_STATS = {"imagenet": (IMAGENET_MEAN, IMAGENET_STD), "half": ((0.5,) * 3, (
 
 @register_model("deit_s", dim=384, depth=12, num_heads=6)
 # timm's first "vit_small", no DeiT-S: 8 wide layers, no bias of queries, keys and values, scores
-# scaled by the whole width. It is the ViT-S that the published distillation runs were taught by.
-@register_model("vit_s", dim=768, depth=8, num_heads=8, mlp_ratio=3, published_scale=768 ** -0.5)
+# scaled by the whole width, PyTorch's own eps. It is the ViT-S that taught the published runs.
+@register_model("vit_s", dim=768, depth=8, num_heads=8, mlp_ratio=3, norm_eps=1e-5,
+                published_scale=768 ** -0.5)
 @register_model("vit_b", dim=768, depth=12, num_heads=12, input_norm="half")
 @register_model("vit_nano", dim=96, depth=4, num_heads=3)
 class ViT(VisionModel, VisionTransformer):
@@ -114,18 +115,22 @@ class ViT(VisionModel, VisionTransformer):
 
     def __init__(self, num_classes: int = 1000, dim: int = 768, depth: int = 12,
                  num_heads: int = 12, image_size: int = 224, mlp_ratio: int = 4,
-                 input_norm: str = "imagenet", published_scale: float = 0.0) -> None:
+                 input_norm: str = "imagenet", norm_eps: float = 1e-6,
+                 published_scale: float = 0.0) -> None:
         if image_size % 16:
             raise UserError(f"ViT image_size must be a multiple of 16, got {image_size}.")
         if dim % num_heads or min(dim, depth, num_heads, mlp_ratio) < 1:
             raise UserError(f"ViT needs positive whole numbers and a dim that num_heads divides; "
                             f"got dim {dim}, depth {depth}, num_heads {num_heads}, mlp_ratio "
                             f"{mlp_ratio}.")
+        if not (norm_eps > 0 and published_scale >= 0):
+            raise UserError(f"ViT norm_eps must be positive and published_scale not negative; got "
+                            f"{norm_eps} and {published_scale}.")
         if input_norm not in INPUT_STATS:
             raise UserError(f"ViT input_norm must be one of {', '.join(INPUT_STATS)}; got "
                             f"{input_norm!r}.")
         super().__init__(image_size, 16, depth, num_heads, dim, mlp_ratio * dim,
-                         num_classes=num_classes, norm_layer=partial(nn.LayerNorm, eps=1e-6))
+                         num_classes=num_classes, norm_layer=partial(nn.LayerNorm, eps=norm_eps))
         self.input_size = image_size
         self.input_mean, self.input_std = INPUT_STATS[input_norm]
         self.feature_info = (FeatureInfo(dim, 16),)
@@ -144,13 +149,15 @@ class ViT(VisionModel, VisionTransformer):
         result = renamed(state, VIT_NAMES)
         if "pos_embed" not in state:
             return result
+        patches = result.get("conv_proj.weight")
+        if patches is not None and patches.dim() == 2:  # timm's first ViTs had a Linear there
+            result["conv_proj.weight"] = patches.unflatten(1, (3, self.patch_size, -1))
         for name in [name for name in result if name.endswith("in_proj_weight")]:
             bias = name.replace("in_proj_weight", "in_proj_bias")
-            result[name] = result[name].clone()
-            if bias not in result:
-                result[bias] = result[name].new_zeros(len(result[name]))
-            for tensor in (result[name], result[bias]):
-                tensor[:len(tensor) // 3] *= self.scale_ratio  # queries come first
+            rows = result[name].new_ones(result[name].shape[:1])
+            result.setdefault(bias, torch.zeros_like(rows))
+            rows[:len(rows) // 3] = self.scale_ratio  # queries come first
+            result[name], result[bias] = result[name] * rows[:, None], result[bias] * rows
         return result
 
     def no_weight_decay(self) -> set[str]:

@@ -61,13 +61,16 @@ PUBLISHED = {
 
 
 def fetch_weights(model: nn.Module, name: str, source: str, flag: str,
-                  key: str | None = None) -> None:
+                  key: str | None = None, dry_run: bool = False) -> None:
     """Load what `flag` names into `model`, registered as `name`: a path, an address, `published`,
-    or `random`, which leaves it as it is. One process of a machine downloads."""
+    or `random`, which leaves it as it is. One process of a machine downloads. In a dry run it is
+    enough that published weights have an address."""
     if source == "random":
         return
     try:
         address = published_source(name) if source == "published" else source
+        if dry_run and source == "published":
+            return say(f"{flag} published: {address}, not fetched in a dry run")
         if is_first_here():
             local_file(address)
         barrier()
@@ -99,18 +102,22 @@ def load_weights(model: nn.Module, source: str | Path, key: str | None = None) -
     there, but the average from a checkpoint-best-ema.pth, which was chosen for it.
     Raises UserError with what is missing, unexpected or of another shape.
     """
-    state = learned(translated(model, read_state_dict(local_file(source), key)))
-    wanted = learned(model.state_dict())
+    found = translated(model, read_state_dict(local_file(source), key))
+    state, own = learned(found), model.state_dict()
+    wanted = learned(own)
     difference = describe_difference(state, wanted)
     if difference:
         raise UserError(f"{source} does not fit {type(model).__name__}: {difference} "
                         f"{_class_hint(state, wanted, getattr(model, 'num_classes', None))}"
-                        f"{describe_origin(state)}Check the model's name and options.")
-    model.load_state_dict(state, strict=False)  # strict but for the computed buffers, see above
+                        f"{describe_origin(found)}Check the model's name and options.")
+    counts = {name: value for name, value in found.items() if name in own
+              and name.endswith("num_batches_tracked") and value.shape == own[name].shape}
+    model.load_state_dict({**state, **counts}, strict=False)  # checked above
 
 
 def translated(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """`state` under the names of `model`, where that is one that knows other names."""
+    state = {name: value.detach() for name, value in state.items()}  # some files hold Parameters
     return model.translated(state) if isinstance(model, VisionModel) else state
 
 

@@ -53,7 +53,7 @@ launch() {
 
 # Where the weights of a teacher are: NAME.pth in the folder WEIGHTS, else the second word.
 weights_of() {
-    if [[ -e "${WEIGHTS:-}/$1.pth" ]]; then echo "$WEIGHTS/$1.pth"; else echo "${2:-published}"; fi
+    if [[ -n "${WEIGHTS:-}" && -e "$WEIGHTS/$1.pth" ]]; then echo "$WEIGHTS/$1.pth"; else echo "${2:-published}"; fi
 }
 
 # Stops, before anything is trained, if one of TEACHERS is named and has no file.

@@ -240,3 +240,16 @@ def test_out_leaves_files_of_another_kind_alone(tmp_path, capsys, suffix):
     assert f"would overwrite {other}, which this command did not write" in capsys.readouterr().err
     assert other.read_text() == "| teacher |\n"
     assert [path.name for path in tmp_path.glob("README*")] == [other.name]
+
+
+def test_the_baseline_does_not_depend_on_the_order(tmp_path, capsys):
+    """Plain cross-entropy, if runs without a teacher differ in their loss; else none."""
+    plain = write_run(tmp_path / "a", 60.0)
+    smooth = write_run(tmp_path / "b", 40.0, loss="ce2")
+    other = write_run(tmp_path / "c", 50.0, loss="ce3")
+    taught = write_run(tmp_path / "d", 65.0, teacher="big", loss="nkd")
+    for runs in ([plain, smooth, taught], [smooth, plain, taught]):
+        assert main(runs) == 0
+        assert "| 65.00 | +5.00 | - |" in "\n".join(rows(capsys))
+    assert main([smooth, other, taught]) == 0
+    assert "2 supervised runs differ in their loss only" in "\n".join(rows(capsys))

@@ -89,6 +89,32 @@ def test_a_run_leaves_what_design_promises(tmp_path, capsys):
     assert "nothing to do" in capsys.readouterr().out
 
 
+def test_the_log_has_the_teachers_accuracy(tmp_path, capsys):
+    assert train(tmp_path, *TAUGHT, "--epochs", "1") == 0
+    said = re.search(r"teacher: top-1 ([\d.]+) %", capsys.readouterr().out)
+    assert read_log(tmp_path)[0]["teacher_acc1"] == pytest.approx(float(said[1]), abs=0.01)
+
+
+@pytest.mark.parametrize("words, telling", [
+    (["--teacher", "slak_t", "--model-ema", "--sparsity", "0.4"], [
+        "not fetched in a dry run", "GiB of weights, gradients, optimizer state and average",
+        "G multiply-accumulates forward at 32 px, ", "% of a step", "sparsity: "]),
+    (["--teacher", "none"], ["1 x ce", "10 updates per epoch, 20 in 2 epochs"])])
+def test_a_dry_run_shows_everything_and_writes_nothing(tmp_path, capsys, words, telling):
+    words = ["--student", "slak_pico", "dims=16,32", *words, "--dry-run"]
+    assert train(tmp_path / "runs", *words) == 0
+    printed = capsys.readouterr().out
+    for text in [*telling, "student: slak_pico dims=16,32", "nothing was trained, nothing written"]:
+        assert text in printed, text
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_dry_run_needs_weights_that_have_an_address(tmp_path, capsys):
+    words = ["--teacher", "cswin_nano", "--student", "resnet_nano", "--dry-run"]
+    assert train(tmp_path / "runs", *words) == 2
+    assert "no published weights are known for 'cswin_nano'" in capsys.readouterr().err
+
+
 class Killed(BaseException):
     """Stands for a power cut: nothing of the program runs after it."""
 
