@@ -27,7 +27,7 @@ if [[ -n "${L2S_PYTHON:-}" ]]; then
     # find_spec looks without importing: torch alone would take seconds.
     missing=$("$PYTHON" - "$requirements" <<'PY'
 import importlib.util, re, sys
-modules = {"pillow": "PIL", "pyyaml": "yaml"}
+modules = {"pillow": "PIL", "pyyaml": "yaml", "pytest-xdist": "xdist"}
 names = []
 def read(path):
     for line in open(path):

@@ -616,6 +616,8 @@ def test_a_signal_reaches_the_training_and_ends_the_loop(number, tmp_path):
     python.chmod(0o755)
     process = subprocess.Popen(
         ["bash", str(script("temperatures-120ep.sh"))], cwd=ROOT, stderr=subprocess.PIPE,
+        # Where the tests run in the background Ctrl-C is ignored, and bash cannot trap it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         env={"PATH": os.environ["PATH"], "L2S_PYTHON": str(python), "DATA": str(tmp_path),
              "ASKED": str(asked), "REAL": sys.executable})
     deadline = time.monotonic() + 30
