@@ -51,6 +51,20 @@ def test_published_names_give_the_published_logits(figure, tmp_path):
     assert logits.argmax().item() == FIGURES[figure]["argmax"]
 
 
+SAME_NAMES = {"slak_t_31": ("slak_t", {"kernel_size": (31, 29, 27, 13, 5)}),
+              "slak_t_61": ("slak_t", {"kernel_size": (61, 59, 57, 13, 5)})}
+
+
+@pytest.mark.parametrize("figure", FIGURES)
+def test_the_published_key_set_is_the_networks_own_after_import(figure):
+    name, options = {**OTHER_NAMES, **SAME_NAMES}.get(figure, (figure, {}))
+    with torch.device("meta"):
+        model = create_model(name, 1000, **options)
+    imported = learned(model.translated(published_state(figure, fill=False)))
+    assert {key: value.shape for key, value in imported.items()} == {
+        key: value.shape for key, value in learned(model.state_dict()).items()}
+
+
 def timm_convnextv2(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Our names -> timm's, written the other way round."""
     result = {}
