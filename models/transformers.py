@@ -119,7 +119,7 @@ class ViT(VisionModel, VisionTransformer):
                  published_scale: float = 0.0) -> None:
         if image_size % 16:
             raise UserError(f"ViT image_size must be a multiple of 16, got {image_size}.")
-        if dim % num_heads or min(dim, depth, num_heads, mlp_ratio) < 1:
+        if min(dim, depth, num_heads, mlp_ratio) < 1 or dim % num_heads:
             raise UserError(f"ViT needs positive whole numbers and a dim that num_heads divides; "
                             f"got dim {dim}, depth {depth}, num_heads {num_heads}, mlp_ratio "
                             f"{mlp_ratio}.")

@@ -151,6 +151,13 @@ def test_timms_mobilenet_asks_for_its_eps(tmp_path):
         load_weights(create_model("mobilenetv3_nano", 10), tmp_path / "timm.pth")
 
 
+@pytest.mark.parametrize("options", [{"num_heads": 0}, {"num_heads": 5}, {"mlp_ratio": 0},
+                                     {"norm_eps": 0.0}, {"published_scale": -1.0}])
+def test_a_vit_that_cannot_be_built_is_refused_in_words(options):
+    with pytest.raises(UserError, match="^ViT "):
+        create_model("vit_nano", 10, **options)
+
+
 # Which network a file is of
 
 
