@@ -146,13 +146,16 @@ class StepOptions(NamedTuple):
     accum_steps: int  # micro-batches per update
     clip_grad: float | None  # largest L2 norm of the gradient; None: as it is
     seed: int
+    prepare: Callable[[Any], Tensor] | None = None  # what the loader gives -> images, on the device
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=self.amp_dtype or torch.bfloat16,
                               enabled=self.amp_dtype is not None)
 
-    def to_device(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def to_device(self, images: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
         images = images.to(self.device, non_blocking=True, memory_format=self.memory_format)
+        if self.prepare is not None:
+            images = self.prepare(images)
         return images, labels.to(self.device, non_blocking=True)
 
 

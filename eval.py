@@ -67,12 +67,12 @@ def run(args: argparse.Namespace) -> int:
     model = model.eval().fold().to(device, memory_format=torch.channels_last)
     options = engine.StepOptions(
         device=device, amp_dtype=engine.AMP_DTYPES[args.amp], accum_steps=1,
-        memory_format=torch.channels_last, clip_grad=None, seed=0)
-    transform = data.eval_transform(args.input_size, mean=model.input_mean, std=model.input_std,
-                                    crop_pct=args.crop_pct)
-    loader = data.eval_loader(source, transform, batch_size=args.batch_size,
-                              num_workers=args.num_workers, skip_bad_images=args.skip_bad_images,
-                              pin_memory=device.type == "cuda")
+        memory_format=torch.channels_last, clip_grad=None, seed=0,
+        prepare=data.Preparation(model.input_mean, model.input_std, device))
+    loader = data.eval_loader(
+        source, data.eval_transform(args.input_size, crop_pct=args.crop_pct),
+        batch_size=args.batch_size, num_workers=args.num_workers,
+        skip_bad_images=args.skip_bad_images, pin_memory=device.type == "cuda")
     start = time.perf_counter()
     with closing(loader):
         result = engine.evaluate(model, loader, options=options)

@@ -1,5 +1,7 @@
-"""Where pictures come from. A data set has `classes`, `len()`, `load(index)` -> (RGB picture,
-label) and `name_of(index)`, what to call a sample in a message."""
+"""Where pictures come from. A data set has `classes`, `len()`, `load(index)` -> (picture, label)
+and `name_of(index)`, what to call a sample in a message. A picture is of any mode and need not be
+decoded yet, so what is wrong with its file may show only in its own load()."""
+import io
 from pathlib import Path
 from typing import Protocol
 
@@ -58,8 +60,8 @@ class ImageFolder:
 
     def load(self, index: int) -> tuple[Image.Image, int]:
         path, label = self.samples[index]
-        with Image.open(path) as image:
-            return image.convert("RGB"), label
+        with open(path, "rb") as file:  # read at once: no file stays open until it is decoded
+            return Image.open(io.BytesIO(file.read())), label
 
     def name_of(self, index: int) -> str:
         return self.samples[index][0]

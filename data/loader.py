@@ -1,6 +1,6 @@
 """Batches for training and for evaluation, each sample's randomness a function of its key."""
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from PIL import Image
@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data.datasets import ImageSource
+from data.preparation import Pictures, Sample, collate
+from data.transforms import Transform
 from utils.distributed import num_cores, rank, world_size
 from utils.errors import UserError
 from utils.log import say_from_anywhere
@@ -15,32 +17,30 @@ from utils.rng import generator, seeded
 
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 Key = tuple[int, int]  # (epoch, index)
+FREED_BLOCKS = 8  # images of a worker whose memory is used again
 
 
 class Samples(Dataset):
-    """Key (epoch, index) -> (image (3, H, W), label, index).
+    """Key (epoch, index) -> (image (3, H, W) uint8, erasure, label, index).
 
     The transform's randomness depends on (seed, epoch, index) alone. A picture that cannot be read
     is marked by the index -1 - index; in its place stands the next one that can, so that batches
     keep their shape. Whether that is an error is for the loader to decide.
     """
 
-    def __init__(self, source: ImageSource, transform: Callable[[Image.Image], Tensor],
-                 seed: int) -> None:
+    def __init__(self, source: ImageSource, transform: Transform, seed: int) -> None:
         self.source, self.transform, self.seed = source, transform, seed
 
-    def __getitem__(self, key: Key) -> tuple[Tensor, int, int]:
+    def __getitem__(self, key: Key) -> Sample:
         epoch, index = key
-        picture, label, is_bad = self._readable(index)
-        with seeded(self.seed, "augment", epoch, index):
-            return self.transform(picture), label, -1 - index if is_bad else index
-
-    def _readable(self, index: int) -> tuple[Image.Image, int, bool]:
         for offset in range(len(self.source)):
-            try:
-                return *self.source.load((index + offset) % len(self.source)), offset > 0
-            except UNREADABLE:
-                continue
+            with seeded(self.seed, "augment", epoch, index):
+                try:
+                    picture, label = self.source.load((index + offset) % len(self.source))
+                    image = self.transform.read(picture)
+                except UNREADABLE:
+                    continue
+                return *self.transform.finish(image), label, -1 - index if offset else index
         raise UserError(f"none of the {len(self.source)} pictures could be read, the first of them "
                         f"{self.source.name_of(0)}.")
 
@@ -81,7 +81,7 @@ class EvalKeys:
 
 
 class Loader:
-    """Iterates over (images, labels, indices) of the batches that `keys` names.
+    """Iterates over (pictures, labels, indices) of the batches that `keys` names.
 
     An unreadable picture ends the run with its name unless `skip_bad_images`; then it is reported
     once and marked by a negative index. More workers than processor cores are not started.
@@ -94,7 +94,8 @@ class Loader:
         num_workers = min(num_workers, num_cores())
         extra = {"persistent_workers": True} if num_workers else {}
         self.loader = DataLoader(samples, batch_sampler=keys, num_workers=num_workers,
-                                 pin_memory=pin_memory, worker_init_fn=_outlive_signals, **extra)
+                                 collate_fn=collate, pin_memory=pin_memory,
+                                 worker_init_fn=_start_worker, **extra)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -108,22 +109,19 @@ class Loader:
         self.keys.epoch, self.keys.start = epoch, batch
         return self
 
-    def first_batch(self, most: int) -> tuple[Tensor, Tensor]:
-        """Images and labels that the iteration begins with, `most` at most, without beginning
+    def first_batch(self, most: int) -> tuple[Pictures, Tensor]:
+        """Pictures and labels that the iteration begins with, `most` at most, without beginning
         it."""
-        samples = [self.samples[key] for key in next(iter(self.keys))[:most]]
-        for _, _, index in samples:
-            if index < 0:
-                self._note_bad(-1 - index)
-        return torch.stack([image for image, _, _ in samples]), torch.tensor(
-            [label for _, label, _ in samples])
+        keys = next(iter(self.keys))[:most]
+        pictures, labels, indices = collate([self.samples[key] for key in keys])
+        self._note_all_bad(indices)
+        return pictures, labels
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Pictures, Tensor, Tensor]]:
         try:
-            for images, labels, indices in self.loader:
-                for index in (-1 - indices[indices < 0]).tolist():
-                    self._note_bad(index)
-                yield images, labels, indices
+            for pictures, labels, indices in self.loader:
+                self._note_all_bad(indices)
+                yield pictures, labels, indices
         except UserError as error:  # from a worker it comes wrapped in the worker's traceback
             raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
 
@@ -133,13 +131,17 @@ class Loader:
             self.loader._iterator._shutdown_workers()
             self.loader._iterator = None
 
+    def _note_all_bad(self, indices: Tensor) -> None:
+        for index in (-1 - indices[indices < 0]).tolist():
+            self._note_bad(index)
+
     def _note_bad(self, index: int) -> None:
         if index in self.bad:
             return
         self.bad.add(index)
         source = self.samples.source
         try:
-            source.load(index)
+            source.load(index)[0].load()
             reason = "it could be read at a second try"
         except UNREADABLE as error:
             reason = str(error)
@@ -149,14 +151,25 @@ class Loader:
         say_from_anywhere(f"{message}; skipped, {len(self.bad)} so far")
 
 
-def _outlive_signals(worker: int) -> None:
+def _start_worker(worker: int) -> None:
+    _outlive_signals()
+    keep_freed_memory(FREED_BLOCKS)
+
+
+def keep_freed_memory(num_blocks: int) -> None:
+    """Let Pillow use the memory of freed images again instead of asking the system for new pages,
+    at 16 MiB a block at most. 0, Pillow's default, gives it back."""
+    Image.core.set_blocks_max(num_blocks)
+
+
+def _outlive_signals() -> None:
     """Ctrl-C and a scheduler's SIGTERM reach the whole process group, but the main process needs
     its workers until it has saved. It ends them; come what may, they end a minute later."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(60))
 
 
-def train_loader(source: ImageSource, transform: Callable, *, batch_size: int, num_batches: int,
+def train_loader(source: ImageSource, transform: Transform, *, batch_size: int, num_batches: int,
                  seed: int, num_workers: int, skip_bad_images: bool, pin_memory: bool) -> Loader:
     """`num_batches` batches of `batch_size` per process and epoch; the rest of the epoch's samples
     is left out, as in the published runs."""
@@ -165,7 +178,7 @@ def train_loader(source: ImageSource, transform: Callable, *, batch_size: int, n
                   skip_bad_images=skip_bad_images, pin_memory=pin_memory)
 
 
-def eval_loader(source: ImageSource, transform: Callable, *, batch_size: int, num_workers: int,
+def eval_loader(source: ImageSource, transform: Transform, *, batch_size: int, num_workers: int,
                 skip_bad_images: bool = False, pin_memory: bool = False) -> Loader:
     """Every sample once, in order, shared among the processes without padding."""
     return Loader(Samples(source, transform, seed=0), EvalKeys(len(source), batch_size),

@@ -9,19 +9,20 @@ import torch
 import yaml
 from PIL import Image
 from torch import Tensor
-from torchvision import transforms as T
 from torchvision.datasets import CIFAR100
 
 import data
 import eval as evaluation
 import train_kd
 from data import loader as loading
+from data.crop import to_rgb
 from data.loader import EvalKeys, Samples, TrainKeys
+from data.transforms import Transform
 from utils.config import Parser, plain
 from utils.errors import UserError
 
-STATS = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
 RECIPES = sorted((Path(__file__).parent.parent / "run_scripts" / "recipes").glob("*.yaml"))
+AS_IT_IS = Transform(to_rgb, ())
 WORKERS = dict(num_workers=0, skip_bad_images=False, pin_memory=False)
 
 
@@ -31,7 +32,7 @@ def source() -> data.ImageSource:
 
 
 def augmented(source: data.ImageSource, seed: int = 0) -> Samples:
-    return Samples(source, data.train_transform(32, **STATS), seed)
+    return Samples(source, data.train_transform(32), seed)
 
 
 def ranks(monkeypatch, rank: int, world: int) -> None:
@@ -66,8 +67,9 @@ def test_a_sample_leaves_the_global_generator_alone(source):
 
 
 def test_labels_and_indices_come_with_the_images(source):
-    image, label, index = augmented(source)[2, 13]
-    assert image.shape == (3, 32, 32) and image.dtype == torch.float32
+    image, erasure, label, index = augmented(source)[2, 13]
+    assert image.shape == (3, 32, 32) and image.dtype == torch.uint8
+    assert erasure is None or len(erasure) == 5
     assert (label, index) == (source.load(13)[1], 13)
 
 
@@ -93,14 +95,15 @@ class Spoilt:
 
 
 def test_the_next_readable_picture_stands_in_for_one_that_is_not():
-    samples = Samples(Spoilt(4, {1, 3}), T.PILToTensor(), seed=0)
-    seen = [(int(image[0, 0, 0]), index) for image, _, index in (samples[0, i] for i in range(4))]
+    samples = Samples(Spoilt(4, {1, 3}), AS_IT_IS, seed=0)
+    seen = [(int(image[0, 0, 0]), index)
+            for image, _, _, index in (samples[0, i] for i in range(4))]
     assert seen == [(0, 0), (2, -2), (2, 2), (0, -4)]
 
 
 def test_all_unreadable_is_an_error_and_not_for_ever():
     with pytest.raises(UserError, match="none of the 3 pictures .* picture 0"):
-        Samples(Spoilt(3, {0, 1, 2}), T.PILToTensor(), seed=0)[0, 1]
+        Samples(Spoilt(3, {0, 1, 2}), AS_IT_IS, seed=0)[0, 1]
 
 
 # Keys
@@ -164,14 +167,17 @@ def test_evaluation_covers_everything_once(size, world, monkeypatch):
 
 
 def train_loader(source: data.ImageSource, **changes) -> data.Loader:
-    return data.train_loader(source, data.train_transform(32, **STATS), **{
+    return data.train_loader(source, data.train_transform(32), **{
         "batch_size": 4, "num_batches": 6, "seed": 0, **WORKERS, **changes})
 
 
 def assert_same(left: list, right: list) -> None:
     assert len(left) == len(right) > 0
-    for a, b in zip(left, right):
-        assert all(torch.equal(x, y) for x, y in zip(a, b))
+    for (pictures, *rest), (others, *other_rest) in zip(left, right):
+        assert torch.equal(pictures.pixels, others.pixels)
+        assert torch.equal(pictures.erased, others.erased)
+        assert pictures.num_erased == others.num_erased
+        assert all(torch.equal(x, y) for x, y in zip(rest, other_rest))
 
 
 def test_batches_do_not_depend_on_workers_and_continue_where_they_stopped(source):
@@ -189,14 +195,14 @@ def test_batches_do_not_depend_on_workers_and_continue_where_they_stopped(source
 
 def test_a_continued_loader_does_not_read_what_was_before():
     source = Spoilt(24, set())
-    loader = data.train_loader(source, T.ToTensor(), **{
+    loader = data.train_loader(source, AS_IT_IS, **{
         "batch_size": 4, "num_batches": 6, "seed": 0, **WORKERS})
     indices = [batch[2] for batch in loader.start_at(0, 5)]
     assert source.loads == torch.cat(indices).tolist() and len(source.loads) == 4
 
 
 def evaluate_all(source: data.ImageSource, **changes) -> list[tuple[Tensor, ...]]:
-    return list(data.eval_loader(source, T.ToTensor(), **{
+    return list(data.eval_loader(source, AS_IT_IS, **{
         "batch_size": 4, "num_workers": 0, **changes}))
 
 
@@ -208,7 +214,7 @@ def test_evaluation_batches_are_in_order():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_bad_picture_is_reported_once(workers, capsys):
-    loader = data.eval_loader(Spoilt(9, {2, 8}), T.ToTensor(), batch_size=4, num_workers=workers,
+    loader = data.eval_loader(Spoilt(9, {2, 8}), AS_IT_IS, batch_size=4, num_workers=workers,
                               skip_bad_images=True)
     for _ in range(2):
         indices = torch.cat([batch[2] for batch in loader]).tolist()
@@ -248,11 +254,17 @@ def save(folder: Path, name: str, mode: str) -> np.ndarray:
     ("1", "a.bmp"), ("LA", "a.png"), ("RGB", "a.JPEG"), ("RGB", "a.webp")])
 def test_every_kind_of_picture_becomes_rgb(mode, name, tmp_path):
     expected = save(tmp_path / "train" / "ant", name, mode)
-    picture, label = data.create_dataset("imagefolder", "train", str(tmp_path)).load(0)
-    assert picture.mode == "RGB" and picture.size == (20, 24) and label == 0
+    source = data.create_dataset("imagefolder", "train", str(tmp_path))
+    picture, label = source.load(0)
+    assert picture.size == (20, 24) and label == 0
+    picture = to_rgb(picture)
+    assert picture.mode == "RGB"
     difference = np.abs(np.asarray(picture).astype(int) - expected).mean()
     assert difference < (12 if name.lower().endswith(("jpg", "jpeg", "webp")) else 0.01)
-    assert data.eval_transform(32, **STATS)(picture).shape == (3, 32, 32)
+    assert data.eval_transform(32)(picture).shape == (3, 32, 32)
+    for is_fast in (False, True):
+        transform = data.train_transform(40, fast_decode=is_fast)
+        assert transform(source.load(0)[0]).shape == (3, 40, 40)
 
 
 def test_labels_follow_the_names_of_the_folders(tmp_path):
@@ -268,13 +280,33 @@ def test_labels_follow_the_names_of_the_folders(tmp_path):
         assert Path(source.name_of(index)).parent.name == source.classes[label]
 
 
-def test_a_truncated_jpeg_is_not_half_a_picture(tmp_path):
-    save(tmp_path / "train" / "ant", "a.jpg", "RGB")
+@pytest.mark.parametrize("is_fast", [False, True])
+def test_a_truncated_jpeg_is_not_half_a_picture(is_fast, tmp_path):
+    """Even at a scale at which what is there would do: the next picture stands in for it."""
+    for name in ("a.jpg", "b.jpg"):
+        big_jpeg(tmp_path / "train" / "ant" / name)
     path = tmp_path / "train" / "ant" / "a.jpg"
-    path.write_bytes(path.read_bytes()[:-200])
+    path.write_bytes(path.read_bytes()[:-2000])
     source = data.create_dataset("imagefolder", "train", str(tmp_path))
     with pytest.raises(loading.UNREADABLE):
-        source.load(0)
+        source.load(0)[0].load()
+    transform = data.train_transform(40, fast_decode=is_fast)
+    samples = Samples(source, transform, seed=0)
+    *_, index = samples[0, 0]
+    assert index == -1
+    loader = data.eval_loader(source, transform, batch_size=2, num_workers=0)
+    with pytest.raises(UserError, match=r"a.jpg \(image file is truncated.*--skip-bad-images"):
+        list(loader)
+
+
+def big_jpeg(path: Path, size: tuple[int, int] = (500, 400)) -> None:
+    """Smooth shapes and fine noise, as a photograph has."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(len(path.name))
+    coarse = Image.fromarray(rng.integers(0, 255, (9, 12, 3), dtype=np.uint8))
+    pixels = np.asarray(coarse.resize(size, Image.Resampling.BICUBIC)).astype(int)
+    noise = rng.integers(-8, 9, pixels.shape)
+    Image.fromarray(np.clip(pixels + noise, 0, 255).astype(np.uint8)).save(path, quality=90)
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow's, about the damage
@@ -289,12 +321,12 @@ def test_whatever_is_wrong_with_a_file_counts_as_unreadable(kind, tmp_path):
     whole = buffer.getvalue()
     path.write_bytes(whole)
     source = data.create_dataset("imagefolder", "train", str(tmp_path))
-    source.load(0)
+    to_rgb(source.load(0)[0])
     num_bad = 0
     for length in np.linspace(0, len(whole) - 40, 60).astype(int):
         path.write_bytes(whole[:length])
         try:
-            source.load(0)
+            to_rgb(source.load(0)[0])
         except loading.UNREADABLE:
             num_bad += 1
     assert num_bad > 30
@@ -369,7 +401,8 @@ def test_underscores_are_dashes():
         "convnext_nano", "drop_path=0.1"]
 
 
-@pytest.mark.parametrize("name", ["model-ema", "skip-bad-images", "auto-resume", "compile"])
+@pytest.mark.parametrize("name", ["model-ema", "skip-bad-images", "fast-decode", "auto-resume",
+                                  "compile"])
 def test_booleans_go_both_ways(name):
     dest = name.replace("-", "_")
     assert getattr(parse(f"--{name}"), dest) is True
