@@ -78,6 +78,8 @@ def _add_data_flags(parser: config.Parser) -> None:
     flag("--mixup-prob", type=float, default=1.0, help="probability to mix a batch")
     flag("--mixup-switch-prob", type=float, default=0.5, help="share of cutmix where both are on")
     flag("--smoothing", type=float, default=0.1, help="label smoothing of the targets")
+    flag("--fast-decode", action=argparse.BooleanOptionalAction, default=False,
+         help="scaled JPEG decoding and integer resize; crops are 0.03 to 1.2 grey levels off")
     flag("--num-workers", type=int, default=10, help="loader processes per training process")
     flag("--skip-bad-images", action=argparse.BooleanOptionalAction, default=False,
          help="count and report unreadable pictures instead of stopping")
@@ -264,14 +266,15 @@ def build_parts(args: argparse.Namespace, device: torch.device, sources: list,
     options = engine.StepOptions(
         device=device, amp_dtype=engine.AMP_DTYPES[args.amp], accum_steps=args.accum_steps,
         memory_format=torch.channels_last if args.channels_last else torch.contiguous_format,
-        clip_grad=args.clip_grad, seed=args.seed)
+        clip_grad=args.clip_grad, seed=args.seed,
+        prepare=data.Preparation(student.input_mean, student.input_std, device))
     torch.manual_seed(fold_seed(args.seed, "losses"))
     distiller = Distiller(student, *losses.create_losses(
         args.loss, student.feature_info, teacher and teacher.feature_info))
     distiller.to(device, memory_format=options.memory_format)
     if teacher is not None:
         teacher.to(device)
-    train, val = build_loaders(args, sources, student, pin_memory=device.type == "cuda")
+    train, val = build_loaders(args, sources, pin_memory=device.type == "cuda")
     mix = data.Mixup(args.num_classes, mixup_alpha=args.mixup, cutmix_alpha=args.cutmix,
                      prob=args.mixup_prob, switch_prob=args.mixup_switch_prob,
                      smoothing=args.smoothing)
@@ -282,8 +285,8 @@ def build_parts(args: argparse.Namespace, device: torch.device, sources: list,
                                     for module in student.modules()):
         raise UserError("--batch-size 1 leaves BatchNorm nothing to average over; use 2 or more.")
     # What does not fit together shall fail before the run folder exists.
-    images = torch.zeros(2, 3, args.input_size, args.input_size)
-    images, targets = options.to_device(*mix(images, torch.zeros(2, dtype=torch.long), seed=0))
+    images = data.Pictures.blank(2, args.input_size)
+    images, targets = mix(*options.to_device(images, torch.zeros(2, dtype=torch.long)), seed=0)
     with options.autocast():
         distiller.check(images, targets, teacher)
     if args.compile and teacher is not None:
@@ -309,13 +312,12 @@ def build_teacher(args: argparse.Namespace, student: models.VisionModel) -> Froz
     return FrozenTeacher(model, student.input_mean, student.input_std)
 
 
-def build_loaders(args: argparse.Namespace, sources: list, student: models.VisionModel,
+def build_loaders(args: argparse.Namespace, sources: list,
                   pin_memory: bool) -> tuple[data.Loader, data.Loader]:
-    stats = {"mean": student.input_mean, "std": student.input_std}
     train_transform = data.train_transform(
-        args.input_size, **stats, auto_augment=args.aa, random_erasing_prob=args.reprob,
-        scale=args.scale, ratio=args.ratio, hflip_prob=args.hflip)
-    val_transform = data.eval_transform(args.input_size, **stats, crop_pct=args.crop_pct)
+        args.input_size, auto_augment=args.aa, random_erasing_prob=args.reprob, scale=args.scale,
+        ratio=args.ratio, hflip_prob=args.hflip, fast_decode=args.fast_decode)
+    val_transform = data.eval_transform(args.input_size, crop_pct=args.crop_pct)
     common = {"num_workers": args.num_workers, "skip_bad_images": args.skip_bad_images,
               "pin_memory": pin_memory}
     train = data.train_loader(sources[0], train_transform, batch_size=args.batch_size,

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from models.base import FeatureInfo, ModelOutput, VisionModel, register_model
-from models.layers import DropPath, LayerNorm2d, check_stages, drop_path_rates
+from models.layers import (
+    DropPath, GELU, LayerNorm2d, PointwiseLinear, check_stages, drop_path_rates)
 from models.names import renamed
 
 TINY, SMALL = (3, 3, 9, 3), (3, 3, 27, 3)
@@ -46,10 +47,10 @@ class ConvNeXtBlock(nn.Module):
             self.gamma = nn.Parameter(layer_scale_init * torch.ones(dim))
         self.add_module(mixer_name, mixer)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.pwconv1 = nn.Linear(dim, 4 * dim)
-        self.act = nn.GELU()
+        self.pwconv1 = PointwiseLinear(dim, 4 * dim)
+        self.act = GELU()
         self.grn = GlobalResponseNorm(4 * dim) if grn else nn.Identity()
-        self.pwconv2 = nn.Linear(4 * dim, dim)
+        self.pwconv2 = PointwiseLinear(4 * dim, dim)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:

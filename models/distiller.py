@@ -3,6 +3,7 @@ import torch
 from torch import Tensor, nn
 
 from models.base import ModelOutput, VisionModel
+from models.teacher import PendingOutput
 from utils.errors import UserError, one_line
 
 
@@ -20,9 +21,11 @@ class Distiller(nn.Module):
         self.weights = weights
 
     def forward(self, images: Tensor, targets: Tensor,
-                teacher: ModelOutput | None) -> tuple[Tensor, dict[str, Tensor]]:
+                teacher: ModelOutput | PendingOutput | None) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum of the losses, and each raw term under its name."""
         student = self.student.forward_with_features(images)
+        if isinstance(teacher, PendingOutput):
+            teacher = teacher.wait()
         with torch.autocast(images.device.type, enabled=False):
             terms = {name: loss(student, teacher, targets) for name, loss in self.losses.items()}
             total = sum(self.weights[name] * term for name, term in terms.items())

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from models.base import register_model
 from models.convnext import SMALL, TINY, ConvNeXtBlock, ConvNeXtFrame
+from models.large_kernel import LargeKernelModule, Prepared, depthwise, depthwise_sum
 from utils.errors import UserError
 
 LARGE_KERNELS = (51, 49, 47, 13, 5)
@@ -24,16 +25,14 @@ CONVNEXT_KERNELS = (7, 7, 7, 7, 100)
 
 
 class ConvBranch(nn.Module):
-    """Depthwise convolution without bias that keeps the map's size, then BatchNorm if `bn`."""
+    """The weights of a depthwise convolution without bias and of the BatchNorm after it if `bn`.
+    LargeKernel computes all its branches at once."""
 
     def __init__(self, dim: int, kernel_size: tuple[int, int], bn: bool) -> None:
         super().__init__()
         padding = (kernel_size[0] // 2, kernel_size[1] // 2)
         self.conv = nn.Conv2d(dim, dim, kernel_size, padding=padding, groups=dim, bias=False)
         self.bn = nn.BatchNorm2d(dim) if bn else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.bn(self.conv(x))
 
     def folded(self) -> tuple[Tensor, Tensor]:
         """Kernel (C, 1, kh, kw) and bias (C,) of the one convolution that equals this branch in
@@ -47,7 +46,7 @@ class ConvBranch(nn.Module):
         return kernel * scale.view(-1, 1, 1, 1), bias
 
 
-class LargeKernel(nn.Module):
+class LargeKernel(LargeKernelModule):
     """Sum of parallel depthwise branches: LoRA1 (k x N) and LoRA2 (N x k) if `decomposed`, else
     lkb_origin (k x k); and small_conv (N x N) where N < k."""
 
@@ -63,7 +62,9 @@ class LargeKernel(nn.Module):
             self.small_conv = ConvBranch(dim, (small_kernel, small_kernel), bn)
 
     def forward(self, x: Tensor) -> Tensor:
-        return sum(branch(x) for branch in self.children())
+        branches = list(self.children())
+        maps = depthwise(x, [branch.conv.weight for branch in branches], self.implementation)
+        return sum(branch.bn(y) for branch, y in zip(branches, maps))
 
     @torch.no_grad()
     def folded(self) -> nn.Module:
@@ -79,8 +80,9 @@ class LargeKernel(nn.Module):
         return FoldedLargeKernel(kernels, sum(biases), like=next(self.parameters()))
 
 
-class FoldedLargeKernel(nn.Module):
-    """Depthwise convolutions of one map, summed; the bias sits in the first."""
+class FoldedLargeKernel(LargeKernelModule):
+    """Depthwise convolutions of one map, summed; the bias sits in the first. For inference: the
+    weights must not change after the first call."""
 
     def __init__(self, kernels: list[Tensor], bias: Tensor, like: Tensor) -> None:
         super().__init__()
@@ -92,9 +94,11 @@ class FoldedLargeKernel(nn.Module):
             conv.weight.data.copy_(kernel)
             self.convs.append(conv)
         self.convs[0].bias.data.copy_(bias)
+        self.prepared = Prepared()
 
     def forward(self, x: Tensor) -> Tensor:
-        return sum(conv(x) for conv in self.convs)
+        return depthwise_sum(x, [conv.weight for conv in self.convs], self.convs[0].bias,
+                             self.prepared, self.implementation)
 
 
 # The pair of the quickstart: a large-kernel network of two stages, and one with 3x3 kernels only.

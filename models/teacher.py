@@ -1,9 +1,16 @@
 """The teacher of a distillation run: it never trains."""
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.base import ModelOutput, VisionModel
+
+
+# Images that a CPU takes through the network at a time, so that maps stay in its caches. Nothing
+# that a frozen network does depends on the other images of a batch.
+IMAGES_AT_A_TIME = 4
 
 
 class FrozenTeacher(nn.Module):
@@ -41,4 +48,38 @@ class FrozenTeacher(nn.Module):
         if self.input_size not in (None, images.shape[-1]):
             images = F.interpolate(images, (self.input_size, self.input_size), mode="bicubic",
                                    antialias=True)
-        return self.model.forward_with_features(images)
+        if images.device.type != "cpu":
+            return self.model.forward_with_features(images)
+        parts = [self.model.forward_with_features(part) for part in images.split(IMAGES_AT_A_TIME)]
+        maps = zip(*[part.features for part in parts])
+        return ModelOutput(torch.cat([part.logits for part in parts]), [*map(torch.cat, maps)])
+
+
+class PendingOutput(NamedTuple):
+    """What a stream of the GPU is still computing."""
+
+    output: ModelOutput
+    stream: torch.cuda.Stream
+
+    def wait(self) -> ModelOutput:
+        """The output, safe to use on the current stream. The host does not wait."""
+        current = torch.cuda.current_stream()
+        current.wait_stream(self.stream)
+        for tensor in (self.output.logits, *self.output.features):
+            tensor.record_stream(current)  # its memory is the other stream's
+        return self.output
+
+
+class OnOwnStream:
+    """The teacher on a CUDA stream of its own, beside the forward pass of the student, which asks
+    for the output when its losses need it."""
+
+    def __init__(self, teacher: FrozenTeacher, device: torch.device) -> None:
+        self.teacher, self.stream = teacher, torch.cuda.Stream(device)
+
+    def __call__(self, images: Tensor) -> PendingOutput:
+        self.stream.wait_stream(torch.cuda.current_stream())  # for the images
+        with torch.cuda.stream(self.stream):
+            output = self.teacher(images)
+        images.record_stream(self.stream)
+        return PendingOutput(output, self.stream)

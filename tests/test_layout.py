@@ -28,9 +28,10 @@ MAY_IMPORT_BY_FILE = {
     **{f"analysis/{name}.py": {"analysis", "models", "losses", "data", "utils", "engine"}
        for name in ("benchmark", "matrix", "random_step")},
 }
-# Third-party packages; safetensors is optional, looked for when a file of its kind is read.
+# Third-party packages; safetensors is optional, looked for when a file of its kind is read, and
+# Triton, which comes with PyTorch on most machines.
 THIRD_PARTY = {"utils": {"torch", "numpy", "yaml", "tqdm", "safetensors"},
-               "models": {"torch", "torchvision"}, "losses": {"torch"},
+               "models": {"torch", "torchvision", "triton"}, "losses": {"torch"},
                "data": {"torch", "numpy", "torchvision", "PIL"},
                "engine": {"torch"}, "train_kd": {"torch"}, "eval": {"torch", "numpy"}}
 LONGEST = {"train_kd.py": 500, "engine.py": 330}  # lines
@@ -231,8 +232,9 @@ def test_no_path_of_one_machine():
 
 
 @pytest.mark.parametrize("package, helpers", [
-    ("models", {"base", "distiller", "layers", "names", "recognise", "sparse_init", "sparsity",
-                "teacher", "trained", "weights"}), ("losses", {"base"})])
+    ("models", {"banded", "base", "distiller", "large_kernel", "layers", "library_conv", "names",
+                "recognise", "sparse_init", "sparsity", "teacher", "trained", "triton_device",
+                "triton_kernels", "weights"}), ("losses", {"base"})])
 def test_everything_is_registered_by_an_import(package, helpers):
     """Helpers register nothing; any other file is a model or loss and must be imported."""
     names = {path.stem for path in (ROOT / package).glob("*.py")} - {"__init__"} - helpers

@@ -1,0 +1,127 @@
+"""Large depthwise convolutions as banded matrix products.
+
+A column of a tall kernel k, slid along the rows of a map, is a Toeplitz matrix T of H x H with
+T[h, h'] = k[h' - h + kh // 2]. So per channel
+
+    out = sum over columns j of  T_j @ (map shifted by j - kw // 2 columns),
+
+one product of (H, kw * H) with (kw * H, N * W): a batched GEMM over the channels, for which
+processors have matrix units that a loop over taps cannot use. A wide kernel is the same on the
+transposed map. Per output kw * H multiply-adds (280 for a 51 x 5 kernel on 56 rows, in place of
+255), and kw copies of the map beside one read and one write.
+"""
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def why_not(device: torch.device) -> str | None:
+    return None
+
+
+def prepare(kernels: Sequence[Tensor], height: int, width: int,
+            dtype: torch.dtype) -> list[Tensor]:
+    """Per kernel the matrices (C, L, short * L), L the map's edge along the kernel's long one."""
+    return [toeplitz(kernel, height).to(dtype) if is_tall(kernel.shape[2:])
+            else toeplitz(kernel.transpose(2, 3), width).to(dtype) for kernel in kernels]
+
+
+def is_tall(size: Sequence[int]) -> bool:
+    return size[0] >= size[1]
+
+
+def toeplitz(kernel: Tensor, length: int) -> Tensor:
+    """(C, 1, kh, kw) -> (C, length, kw * length): [c, h, j * length + h'] is kernel[c, 0, h' - h +
+    kh // 2, j], or zero outside the kernel. Needs kh <= 2 * length - 1."""
+    channels, _, rows, columns = kernel.shape
+    margin = length - 1 - rows // 2
+    taps = F.pad(kernel[:, 0].transpose(1, 2), (margin, margin))  # (C, kw, 2 * length - 1)
+    bands = taps.unfold(2, length, 1).flip(2)  # (C, kw, h, h')
+    return bands.permute(0, 2, 1, 3).reshape(channels, length, columns * length)
+
+
+def total(x: Tensor, kernels: Sequence[Tensor], prepared: Sequence[Tensor],
+          bias: Tensor | None = None) -> Tensor:
+    """(N, C, H, W) -> sum of the convolutions and the bias (C,), in channels-last memory."""
+    result = sum(_outputs(x, kernels, prepared))
+    if bias is not None:
+        result += bias.view(-1, 1, 1)
+    return result.contiguous(memory_format=torch.channels_last)
+
+
+def outputs(x: Tensor, kernels: Sequence[Tensor]) -> list[Tensor]:
+    maps = _outputs(x, kernels, prepare(kernels, *x.shape[2:], x.dtype))
+    return [y.contiguous(memory_format=torch.channels_last) for y in maps]
+
+
+def input_gradient(gradients: Sequence[Tensor], kernels: Sequence[Tensor]) -> Tensor:
+    """Sum over the branches, (N, C, H, W)."""
+    flipped = [kernel.flip(2, 3) for kernel in kernels]
+    matrices = prepare(flipped, *gradients[0].shape[2:], gradients[0].dtype)
+    result = sum(_outputs(gradient, [kernel], [matrix])[0]
+                 for gradient, kernel, matrix in zip(gradients, flipped, matrices))
+    return result.contiguous(memory_format=torch.channels_last)
+
+
+def kernel_gradients(x: Tensor, gradients: Sequence[Tensor],
+                     sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """(C, 1, kh, kw) for each size: the matrices' gradients, summed along their diagonals."""
+    result = []
+    for gradient, size in zip(gradients, sizes):
+        if is_tall(size):
+            result.append(_kernel_gradient(x, gradient, size))
+        else:
+            found = _kernel_gradient(x.transpose(2, 3), gradient.transpose(2, 3), size[::-1])
+            result.append(found.transpose(2, 3))
+    return result
+
+
+def _kernel_gradient(x: Tensor, gradient: Tensor, size: tuple[int, int]) -> Tensor:
+    rows, columns = size
+    channels, length = x.shape[1], x.shape[2]
+    gradient = gradient.permute(1, 2, 0, 3).reshape(channels, length, -1)  # (C, H, N * W)
+    # In float32 on a CPU: partial sums must not be rounded to the map's precision.
+    products = torch.bmm(gradient, _shifted(x, columns).transpose(1, 2))  # (C, H, kw * H)
+    products = products.view(channels, length, columns, length).transpose(1, 2)
+    sums = diagonal_sums(products.to(_sum_dtype(x)))  # (C, kw, 2 * length - 1)
+    margin = length - 1 - rows // 2
+    return sums[:, :, margin:margin + rows].transpose(1, 2)[:, None]
+
+
+def diagonal_sums(matrices: Tensor) -> Tensor:
+    """(..., L, L) -> (..., 2 L - 1): [d] sums the elements [h, h'] with h' - h + L - 1 = d."""
+    length = matrices.shape[-1]
+    # L zeros after each row, then rows one element shorter: diagonals become columns.
+    skewed = F.pad(matrices.flip(-2), (0, length)).flatten(-2)[..., :-length]
+    return skewed.view(*matrices.shape[:-2], length, 2 * length - 1).sum(-2)
+
+
+def _outputs(x: Tensor, kernels: Sequence[Tensor], matrices: Sequence[Tensor]) -> list[Tensor]:
+    """Maps in the layout (C, H, N, W), or transposed, as (N, C, H, W) views."""
+    result, shifted = [], {}
+    for kernel, matrix in zip(kernels, matrices):
+        tall = is_tall(kernel.shape[2:])
+        of_map = x if tall else x.transpose(2, 3)
+        key = (tall, min(kernel.shape[2:]))
+        if key not in shifted:  # the tall and the small kernel share theirs
+            shifted[key] = _shifted(of_map, key[1])
+        num_images, channels, length, width = of_map.shape
+        y = torch.bmm(matrix, shifted[key]).view(channels, length, num_images, width)
+        y = y.permute(2, 0, 1, 3)
+        result.append(y if tall else y.transpose(2, 3))
+    return result
+
+
+def _shifted(x: Tensor, columns: int) -> Tensor:
+    """(N, C, H, W) -> (C, columns * H, N * W): the map shifted by -columns // 2 ... columns // 2
+    columns, zeros coming in."""
+    num_images, channels, height, width = x.shape
+    x = F.pad(x.permute(1, 2, 0, 3), (columns // 2, columns // 2))  # (C, H, N, W + columns - 1)
+    windows = x.unfold(3, width, 1)  # (C, H, N, columns, W)
+    return windows.permute(0, 3, 1, 2, 4).reshape(channels, columns * height, -1)
+
+
+def _sum_dtype(x: Tensor) -> torch.dtype:
+    return x.dtype if x.dtype == torch.float64 else torch.float32
