@@ -17,6 +17,7 @@ import data
 import engine
 import models
 from analysis.complexity import count_macs
+from models.large_kernel import CHOICES, use
 from models.trained import load_trained
 from models.weights import fetch_weights
 from utils import checkpoint, config, distributed
@@ -46,6 +47,8 @@ def build_parser() -> config.Parser:
          help="leave unreadable pictures out of the count instead of stopping")
     flag("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to run")
     flag("--amp", choices=list(engine.AMP_DTYPES), default="none", help="mixed precision")
+    flag("--large-kernel", choices=CHOICES, default="auto",
+         help="code for large depthwise kernels (docs/performance.md); equal up to rounding")
     flag("--predictions", type=Path, metavar="NPZ", help="save what was predicted for every image")
     return parser
 
@@ -65,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
         f"{args.input_size} px")
     num_parameters = model.num_parameters
     model = model.eval().fold().to(device, memory_format=torch.channels_last)
+    use(args.large_kernel, model)
     options = engine.StepOptions(
         device=device, amp_dtype=engine.AMP_DTYPES[args.amp], accum_steps=1,
         memory_format=torch.channels_last, clip_grad=None, seed=0,

@@ -23,9 +23,9 @@ import losses
 import models
 from analysis.describe import describe_cost, describe_network
 from models.distiller import Distiller
-from models.sparse_init import INITS, LAYERS
-from models.sparsity import GROWTHS, SparseMask
-from models.teacher import FrozenTeacher
+from models.large_kernel import CHOICES, describe_choice, use
+from models.sparsity import SparseMask, add_sparsity_flags
+from models.teacher import FrozenTeacher, OnOwnStream
 from models.weights import fetch_weights
 from utils import checkpoint, config, distributed, optim, run_folder
 from utils.batch import settle_batch
@@ -55,7 +55,7 @@ def build_parser() -> config.Parser:
                        + ", ".join(losses.list_losses()) + " (default: nkd; ce without a teacher)")
     _add_data_flags(parser)
     _add_optimisation_flags(parser)
-    _add_sparsity_flags(parser)
+    add_sparsity_flags(parser)
     _add_run_flags(parser)
     return parser
 
@@ -111,18 +111,6 @@ def _add_optimisation_flags(parser: config.Parser) -> None:
     flag("--seed", type=int, default=0, help="of everything random")
 
 
-def _add_sparsity_flags(parser: config.Parser) -> None:
-    group = parser.add_argument_group("sparse training of the student")
-    flag = group.add_argument
-    flag("--sparsity", type=float, default=0.0, help="share of the weights to mask, 0 = off")
-    flag("--sparse-init", choices=INITS, default="snip",
-         help="density of each layer, or the masks; erk where SNIP finds no gradient at the start")
-    flag("--sparse-layers", choices=LAYERS, default="all", help="which weights may be masked")
-    flag("--prune-rate", type=float, default=0.3, help="share of the live weights that moves first")
-    flag("--prune-every", type=int, default=100, help="updates between moves, 0 = static masks")
-    flag("--growth", choices=GROWTHS, default="random", help="where pruned weights move to")
-
-
 def _add_run_flags(parser: config.Parser) -> None:
     group = parser.add_argument_group("running, saving, resuming")
     flag = group.add_argument
@@ -146,12 +134,17 @@ def _add_run_flags(parser: config.Parser) -> None:
          help="memory layout of maps and convolutions")
     flag("--compile", action=argparse.BooleanOptionalAction, default=False,
          help="torch.compile of student and teacher")
+    flag("--large-kernel", choices=CHOICES, default="auto",
+         help="code for large depthwise kernels (docs/performance.md); equal up to rounding")
+    flag("--teacher-stream", action=argparse.BooleanOptionalAction, default=False,
+         help="the teacher on a CUDA stream of its own, beside the student's forward pass")
 
 
 class Parts(NamedTuple):
     """Everything a run is made of, built and checked before any training time is spent."""
 
     teacher: FrozenTeacher | None
+    step_teacher: FrozenTeacher | OnOwnStream | None  # the same, as the training step calls it
     state: engine.TrainState
     train: data.Loader
     val: data.Loader
@@ -167,7 +160,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     device = distributed.setup(args.device)
-    check_ranges(args)
+    check_ranges(args, device)
     resolve_defaults(args, device)
     name, options = parse_spec(args.data_set, "--data-set")
     sources = [data.create_dataset(name, split, args.data_path, **options)
@@ -189,12 +182,15 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         say("dry run: nothing was trained, nothing written")
         return 0
-    log = start_folder(args, folder)
+    if distributed.is_main():
+        config.write_run_files(folder, args)
+    distributed.barrier()
+    log = RunLog(folder, args.tensorboard)
     with closing(parts.train), closing(parts.val), distributed.StopRequest() as stop:
         return train(args, parts, schedule, folder, log=log, stop=stop)
 
 
-def check_ranges(args: argparse.Namespace) -> None:
+def check_ranges(args: argparse.Namespace, device: torch.device) -> None:
     smallest = {"epochs": 1, "batch_size": 1, "effective_batch": 1, "accum_steps": 1, "lr": 0,
                 "min_lr": 0, "warmup_epochs": 0, "warmup_steps": 0, "weight_decay": 0,
                 "num_workers": 0, "print_every": 1, "save_freq": 0, "save_num": 0,
@@ -212,6 +208,8 @@ def check_ranges(args: argparse.Namespace) -> None:
     if useless & {*args.given} and "sparsity" not in args.given and not args.sparsity:
         raise UserError(f"--{min(useless & {*args.given}).replace('_', '-')} does nothing without "
                         "--sparsity; the published one is 0.4.")
+    if args.teacher_stream and (device.type != "cuda" or args.teacher == ["none"]):
+        raise UserError("--teacher-stream needs a teacher and a GPU; leave it out.")
     if args.tensorboard:
         summary_writer_class()
 
@@ -263,6 +261,7 @@ def build_parts(args: argparse.Namespace, device: torch.device, sources: list,
         raise UserError(f"--student {args.student[0]} takes {student.input_size} px only, and "
                         f"--input-size is {args.input_size}.")
     teacher = build_teacher(args, student)
+    use(args.large_kernel, student, teacher)
     options = engine.StepOptions(
         device=device, amp_dtype=engine.AMP_DTYPES[args.amp], accum_steps=args.accum_steps,
         memory_format=torch.channels_last if args.channels_last else torch.contiguous_format,
@@ -278,21 +277,27 @@ def build_parts(args: argparse.Namespace, device: torch.device, sources: list,
     mix = data.Mixup(args.num_classes, mixup_alpha=args.mixup, cutmix_alpha=args.cutmix,
                      prob=args.mixup_prob, switch_prob=args.mixup_switch_prob,
                      smoothing=args.smoothing)
+    check_step(args, distiller, teacher, mix, options)
+    if args.compile and teacher is not None:
+        teacher.compile()
+    state = build_state(args, distiller, options, train if is_new else None)
+    step_teacher = OnOwnStream(teacher, device) if args.teacher_stream else teacher
+    return Parts(teacher, step_teacher, state, train, val, mix, options)
+
+
+def check_step(args: argparse.Namespace, distiller: Distiller, teacher: FrozenTeacher | None,
+               mix: data.Mixup, options: engine.StepOptions) -> None:
+    """What does not fit together shall fail before the run folder exists."""
     if mix.mixes and args.batch_size % 2:
         raise UserError(f"mixup and cutmix pair the images of a batch, so --batch-size must be "
                         f"even; got {args.batch_size}.")
     if args.batch_size == 1 and any(isinstance(module, nn.BatchNorm2d)
-                                    for module in student.modules()):
+                                    for module in distiller.student.modules()):
         raise UserError("--batch-size 1 leaves BatchNorm nothing to average over; use 2 or more.")
-    # What does not fit together shall fail before the run folder exists.
     images = data.Pictures.blank(2, args.input_size)
     images, targets = mix(*options.to_device(images, torch.zeros(2, dtype=torch.long)), seed=0)
     with options.autocast():
         distiller.check(images, targets, teacher)
-    if args.compile and teacher is not None:
-        teacher.compile()
-    state = build_state(args, distiller, options, train if is_new else None)
-    return Parts(teacher, state, train, val, mix, options)
 
 
 def build_model(words: list[str], flag: str, num_classes: int, weights: str,
@@ -368,21 +373,16 @@ def build_sparsity(args: argparse.Namespace, student: models.VisionModel,
                       prune_every=args.prune_every, seed=args.seed)
 
 
-def start_folder(args: argparse.Namespace, folder: Path) -> RunLog:
-    if distributed.is_main():
-        config.write_run_files(folder, args)
-    distributed.barrier()
-    return RunLog(folder, args.tensorboard)
-
-
 def describe_run(args: argparse.Namespace, parts: Parts, folder: Path, resumed: bool) -> None:
     """Print what will run, with the arithmetic of batch, rate and steps."""
     student = parts.state.distiller.student
     who = [("student", args.student, student, args.student_weights)]
     if parts.teacher is not None:
         who.insert(0, ("teacher", args.teacher, parts.teacher, args.teacher_weights))
+    options = parts.options
     for role, words, model, weights in who:
-        say(describe_network(role, words, model, weights, args.input_size))
+        say(describe_network(role, words, model, weights, args.input_size)
+            + describe_choice(model, options.device, options.amp_dtype or torch.float32))
     if args.dry_run:
         say(describe_cost(student, parts.teacher, args.input_size, keeps_average=args.model_ema))
     weights = parts.state.distiller.weights
@@ -396,7 +396,7 @@ def describe_run(args: argparse.Namespace, parts: Parts, folder: Path, resumed: 
         f"per epoch, {total:,} in {args.epochs} epochs; {parts.val.num_samples:,} images to "
         "evaluate on")
     say(f"learning rate 0 -> {args.lr:g} in {args.warmup_steps:,} updates, then cosine to "
-        f"{args.min_lr:g}; {parts.options.device}, precision {args.amp}")
+        f"{args.min_lr:g}; {options.device}, precision {args.amp}")
     state = parts.state
     if state.sparsity is not None:
         say(f"sparsity: {state.sparsity.describe()}")
@@ -423,7 +423,7 @@ def train(args: argparse.Namespace, parts: Parts, schedule: Callable, folder: Pa
 
     while state.epoch < args.epochs:
         means = engine.train_one_epoch(
-            state, parts.train, parts.teacher, parts.mix, schedule, options=parts.options,
+            state, parts.train, parts.step_teacher, parts.mix, schedule, options=parts.options,
             steps_per_epoch=args.steps_per_epoch, print_every=args.print_every,
             after_update=after_update)
         if means is None:

@@ -9,7 +9,13 @@ from torch import Tensor, nn
 
 from models.base import FeatureInfo, ModelOutput, VisionModel, register_model
 from models.layers import (
-    DropPath, GELU, LayerNorm2d, PointwiseLinear, check_stages, drop_path_rates)
+    GELU,
+    DropPath,
+    LayerNorm2d,
+    PointwiseLinear,
+    check_stages,
+    drop_path_rates,
+)
 from models.names import renamed
 
 TINY, SMALL = (3, 3, 9, 3), (3, 3, 27, 3)

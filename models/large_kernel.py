@@ -25,7 +25,7 @@ LARGE = 9  # smallest long edge for which cuDNN's own depthwise kernels are left
 
 
 class Implementation(NamedTuple):
-    """Functions on a map (N, C, H, W) and kernels (C, 1, kh, kw) that no longer exceed its reach."""
+    """Functions on a map (N, C, H, W) and kernels (C, 1, kh, kw), cut to the map's reach."""
 
     why_not: Callable[[torch.device], str | None]  # None: runs there; else a sentence
     prepare: Callable  # (kernels, height, width, dtype) -> tensors that a frozen network keeps
@@ -56,6 +56,10 @@ class LargeKernelModule(nn.Module):
 
     implementation = "auto"
 
+    def kernels(self) -> list[Tensor]:
+        """(C, 1, kh, kw) each."""
+        raise NotImplementedError
+
 
 def use(implementation: str, *networks: nn.Module | None) -> None:
     """Let every large kernel of `networks` be computed by `implementation`."""
@@ -63,6 +67,18 @@ def use(implementation: str, *networks: nn.Module | None) -> None:
         for module in network.modules():
             if isinstance(module, LargeKernelModule):
                 module.implementation = implementation
+
+
+def describe_choice(network: nn.Module, device: torch.device, dtype: torch.dtype) -> str:
+    """Which implementations the large kernels of `network` will get, for the end of a sentence, and
+    why not the fused one on a GPU; empty for a network without large kernels."""
+    modules = [module for module in network.modules() if isinstance(module, LargeKernelModule)]
+    names = sorted({choose(module.implementation, device, dtype, module.kernels())
+                    for module in modules})
+    if not names:
+        return ""
+    reason = triton_kernels.why_not(device) if device.type == "cuda" else None
+    return f", large kernels by {' and '.join(names)}" + (f" ({reason})" if reason else "")
 
 
 def choose(implementation: str, device: torch.device, dtype: torch.dtype,
@@ -98,9 +114,9 @@ def _automatic(device: torch.device, dtype: torch.dtype, edge: int) -> str:
 
 
 def depthwise(x: Tensor, kernels: Sequence[Tensor], implementation: str = "auto") -> list[Tensor]:
-    """The depthwise convolution of x (N, C, H, W) with each kernel (C, 1, kh, kw), odd edges, padded
-    with zeros to keep the size; differentiable once in x and the kernels. Under autocast in its
-    dtype, as F.conv2d."""
+    """The depthwise convolution of x (N, C, H, W) with each kernel (C, 1, kh, kw), odd edges, zeros
+    around the map to keep its size; differentiable once in x and the kernels. Under autocast in
+    its dtype, as F.conv2d."""
     x, kernels = _cast(x, kernels)
     name = choose(implementation, x.device, x.dtype, kernels)
     if name == "library":

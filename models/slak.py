@@ -62,9 +62,11 @@ class LargeKernel(LargeKernelModule):
             self.small_conv = ConvBranch(dim, (small_kernel, small_kernel), bn)
 
     def forward(self, x: Tensor) -> Tensor:
-        branches = list(self.children())
-        maps = depthwise(x, [branch.conv.weight for branch in branches], self.implementation)
-        return sum(branch.bn(y) for branch, y in zip(branches, maps))
+        maps = depthwise(x, self.kernels(), self.implementation)
+        return sum(branch.bn(y) for branch, y in zip(self.children(), maps))
+
+    def kernels(self) -> list[Tensor]:
+        return [branch.conv.weight for branch in self.children()]
 
     @torch.no_grad()
     def folded(self) -> nn.Module:
@@ -97,8 +99,11 @@ class FoldedLargeKernel(LargeKernelModule):
         self.prepared = Prepared()
 
     def forward(self, x: Tensor) -> Tensor:
-        return depthwise_sum(x, [conv.weight for conv in self.convs], self.convs[0].bias,
-                             self.prepared, self.implementation)
+        return depthwise_sum(x, self.kernels(), self.convs[0].bias, self.prepared,
+                             self.implementation)
+
+    def kernels(self) -> list[Tensor]:
+        return [conv.weight for conv in self.convs]
 
 
 # The pair of the quickstart: a large-kernel network of two stages, and one with 3x3 kernels only.

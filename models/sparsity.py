@@ -5,6 +5,7 @@ prune-and-grow loop is that of RigL, Evci et al. 2020, arXiv 1911.11134).
 Masks hold weights at zero; nothing is skipped, so they cost a little time and save none.
 """
 import math
+from argparse import ArgumentParser
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,14 +13,21 @@ import torch
 from torch import Tensor, nn
 
 from models.base import VisionModel
-from models.sparse_init import erk_densities, maskable, snip_densities, starting_masks
+from models.sparse_init import (
+    INITS,
+    LAYERS,
+    erk_densities,
+    maskable,
+    snip_densities,
+    starting_masks,
+)
 from utils.distributed import broadcast, broadcast_object, is_main
 from utils.errors import UserError
 from utils.optim import cosine_schedule
 from utils.rng import generator
 
-__all__ = ["SparseMask", "erk_densities", "gradient_growth", "magnitude_prune", "maskable",
-           "snip_densities"]
+__all__ = ["SparseMask", "add_sparsity_flags", "erk_densities", "gradient_growth",
+           "magnitude_prune", "maskable", "snip_densities"]
 
 FINAL_PRUNE_RATE = 0.005  # where the published cosine ends
 GROWTHS = ("random", "gradient", "momentum")
@@ -236,3 +244,16 @@ def _pack(mask: Tensor) -> Tensor:
 def _unpack(packed: Tensor, shape: torch.Size) -> Tensor:
     bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
     return bits.flatten()[:shape.numel()].bool().view(shape)
+
+
+def add_sparsity_flags(parser: ArgumentParser) -> None:
+    """The command line's words for SparseMask."""
+    group = parser.add_argument_group("sparse training of the student")
+    flag = group.add_argument
+    flag("--sparsity", type=float, default=0.0, help="share of the weights to mask, 0 = off")
+    flag("--sparse-init", choices=INITS, default="snip",
+         help="density of each layer, or the masks; erk where SNIP finds no gradient at the start")
+    flag("--sparse-layers", choices=LAYERS, default="all", help="which weights may be masked")
+    flag("--prune-rate", type=float, default=0.3, help="share of the live weights that moves first")
+    flag("--prune-every", type=int, default=100, help="updates between moves, 0 = static masks")
+    flag("--growth", choices=GROWTHS, default="random", help="where pruned weights move to")

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from models.base import ModelOutput, VisionModel
 
-
 # Images that a CPU takes through the network at a time, so that maps stay in its caches. Nothing
 # that a frozen network does depends on the other images of a batch.
 IMAGES_AT_A_TIME = 4
@@ -48,7 +47,7 @@ class FrozenTeacher(nn.Module):
         if self.input_size not in (None, images.shape[-1]):
             images = F.interpolate(images, (self.input_size, self.input_size), mode="bicubic",
                                    antialias=True)
-        if images.device.type != "cpu":
+        if images.device.type != "cpu" or len(images) <= IMAGES_AT_A_TIME:
             return self.model.forward_with_features(images)
         parts = [self.model.forward_with_features(part) for part in images.split(IMAGES_AT_A_TIME)]
         maps = zip(*[part.features for part in parts])

@@ -122,30 +122,32 @@ def _end_branch(out, acc, num_images, num_channels, H: tl.constexpr, W: tl.const
 
 
 @jit
-def sum_kernel(out, x0, x1, x2, blocks0, blocks1, blocks2, bias, map_size, num_images, num_channels,
-               H: tl.constexpr, W: tl.constexpr, SEPARATE: tl.constexpr, BIAS: tl.constexpr,
+def sum_kernel(out0, out1, out2, x0, x1, x2, blocks0, blocks1, blocks2, bias, num_images,
+               num_channels, H: tl.constexpr, W: tl.constexpr, SEPARATE: tl.constexpr,
+               BIAS: tl.constexpr,
                TALL0: tl.constexpr, SHIFTS0: tl.constexpr, OFFSETS0: tl.constexpr,
                TALL1: tl.constexpr, SHIFTS1: tl.constexpr, OFFSETS1: tl.constexpr,
                TALL2: tl.constexpr, SHIFTS2: tl.constexpr, OFFSETS2: tl.constexpr,
                BLOCK: tl.constexpr, GROUP: tl.constexpr):
     """Up to three branches (no shifts: none) at one tile of one channel of GROUP images, summed in
-    one accumulator, with the channel's bias if BIAS, or, if SEPARATE, each into a map of its own,
-    `map_size` elements apart."""
+    one accumulator, with the channel's bias if BIAS, or, if SEPARATE, each into a map of its
+    own."""
     acc = tl.zeros((BLOCK, GROUP * BLOCK), tl.float32)
     acc = _add_branch(acc, x0, blocks0, num_images, num_channels, H, W, TALL0, SHIFTS0, OFFSETS0,
                       BLOCK, GROUP)
+    out = out0
     if SHIFTS1 > 0:
         acc = _end_branch(out, acc, num_images, num_channels, H, W, SEPARATE, TALL0, TALL1,
                           BLOCK, GROUP)
         acc = _add_branch(acc, x1, blocks1, num_images, num_channels, H, W, TALL1, SHIFTS1,
                           OFFSETS1, BLOCK, GROUP)
-        out += map_size
+        out = out1
     if SHIFTS2 > 0:
         acc = _end_branch(out, acc, num_images, num_channels, H, W, SEPARATE, TALL1, TALL2,
                           BLOCK, GROUP)
         acc = _add_branch(acc, x2, blocks2, num_images, num_channels, H, W, TALL2, SHIFTS2,
                           OFFSETS2, BLOCK, GROUP)
-        out += map_size
+        out = out2
     if BIAS:
         acc += tl.load(bias + tl.program_id(1)).to(tl.float32)
     _store(out, acc, num_images, num_channels, H, W, TALL2, BLOCK, GROUP)
@@ -201,12 +203,12 @@ class Branch(NamedTuple):
 
 
 def launch_sum(xs: Sequence[Tensor], branches: Sequence[Branch], *, separate: bool = False,
-               bias: Tensor | None = None) -> Tensor:
-    """Sum of the convolutions of xs[i] with branches[i] and of the bias (C,), (1, N, C, H, W), or
-    each convolution by itself, (branches, N, C, H, W). The maps are contiguous, three at most: Triton 3.2 takes no tuple of
-    pointers."""
+               bias: Tensor | None = None) -> list[Tensor]:
+    """Sum of the convolutions of xs[i] with branches[i] and of the bias (C,), one map (N, C, H, W),
+    or each convolution by itself, a map per branch. The maps are contiguous, three at most: Triton
+    3.2 takes no tuple of pointers."""
     num_images, num_channels, height, width = xs[0].shape
-    out = xs[0].new_empty((len(branches) if separate else 1, *xs[0].shape))
+    outs = [torch.empty_like(xs[0]) for _ in (branches if separate else branches[:1])]
     block, unused = branches[0].blocks.shape[-1], 3 - len(branches)
     forms = {}
     for i, branch in enumerate([*branches, *[branches[-1]] * unused]):
@@ -216,13 +218,13 @@ def launch_sum(xs: Sequence[Tensor], branches: Sequence[Branch], *, separate: bo
     blocks = [branch.blocks for branch in branches]
     group = min(COLUMNS // block, triton.next_power_of_2(max(num_images, 1)))
     tiles = triton.cdiv(height, block) * triton.cdiv(width, block)
-    with torch.cuda.device_of(out):
+    with torch.cuda.device_of(xs[0]):
         sum_kernel[(triton.cdiv(num_images, group) * tiles, num_channels)](
-            out, *xs, *xs[-1:] * unused, *blocks, *blocks[-1:] * unused,
-            blocks[0] if bias is None else bias, separate * xs[0].numel(), num_images, num_channels,
+            *outs, *outs[-1:] * (3 - len(outs)), *xs, *xs[-1:] * unused, *blocks,
+            *blocks[-1:] * unused, blocks[0] if bias is None else bias, num_images, num_channels,
             H=height, W=width, SEPARATE=separate, BIAS=bias is not None, **forms, BLOCK=block,
             GROUP=group, **LAUNCH)
-    return out
+    return outs
 
 
 def launch_product(x: Tensor, gradient: Tensor, tall: bool, form: tuple[int, int, int]) -> Tensor:

@@ -151,7 +151,7 @@ def outputs(x: Tensor, kernels: Sequence[Tensor]) -> list[Tensor]:
     branches = [as_branch(kernel, *x.shape[2:], x.dtype) for kernel in kernels]
     x = x.contiguous()
     parts = [branches[i:i + 3] for i in range(0, len(branches), 3)]
-    return [y for part in parts for y in launch_sum([x] * len(part), part, separate=True).unbind()]
+    return [y for part in parts for y in launch_sum([x] * len(part), part, separate=True)]
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ FREE_ON_RESUME = frozenset({
     "config", "output_dir", "resume", "auto_resume", "device", "num_workers", "print_every",
     "save_freq", "save_num", "save_every_steps", "tensorboard", "skip_bad_images", "data_path",
     "student_weights", "student_weights_key", "compile", "channels_last", "batch_size",
-    "accum_steps", "world_size", "git", "dry_run"})
+    "accum_steps", "world_size", "git", "dry_run", "large_kernel", "teacher_stream"})
 
 
 def run_name(teacher: list[str], student: list[str], losses: list[list[str]], epochs: int,
