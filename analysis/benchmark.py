@@ -1,149 +1,42 @@
-"""Ratios of times, each measured in one run on one machine.
+"""Times side by side, each measured in one run on one machine.
 
-    python -m analysis.benchmark masking                  # slak_t at 224 px: masks against none
-    python -m analysis.benchmark masking --amp bf16 --batch-size 128 --repeats 20   # on a GPU
+    python -m analysis.benchmark masking        # an update of sparse training against a dense one
+    python -m analysis.benchmark operator       # the depthwise branches of a SLaK
+    python -m analysis.benchmark teacher        # inference of the folded, frozen teacher
+    python -m analysis.benchmark step           # a whole step of training or distillation
+    python -m analysis.benchmark loader --data-path FOLDER    # decoding and augmentation
+
+Each has flags of its own: python -m analysis.benchmark operator --help
 """
-import argparse
-import json
-import statistics
 import sys
-import time
-from collections.abc import Callable
-from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
 
-import engine
-import models
-from analysis.complexity import count_macs
-from analysis.random_step import no_mix, random_batches, random_state
-from models.sparsity import SparseMask
-from utils.checkpoint import write_text_atomically
-from utils.config import Parser
-from utils.distributed import setup
+from analysis import bench_loader, bench_masking, bench_operator, bench_step, bench_teacher
 from utils.errors import UserError
-from utils.log import peak_memory_gib, progress
-from utils.registry import parse_spec
+from utils.registry import did_you_mean
 
-
-def time_interleaved(actions: dict[str, Callable[[], Any]], repeats: int,
-                     device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each action, one after the other `repeats` times after one round to warm up, so
-    that whatever else the machine does meets all alike."""
-    seconds: dict[str, list[float]] = {name: [] for name in actions}
-    with progress("rounds", repeats + 1, unit="round") as bar:
-        for _ in range(repeats + 1):
-            for name, action in actions.items():
-                wait_for(device)
-                start = time.perf_counter()
-                action()
-                wait_for(device)
-                seconds[name].append(time.perf_counter() - start)
-            bar.update()
-    return {name: values[1:] for name, values in seconds.items()}
-
-
-def wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-KINDS = ("no masks", "masks", "masks that change")
-
-
-def time_masking(model: models.VisionModel, options: engine.StepOptions, *, batch_size: int,
-                 input_size: int, repeats: int, growth: str, sparsity: float
-                 ) -> tuple[dict[str, list[float]], float]:
-    """Seconds of forward and backward ("gradients of KIND"), and of the rest of the update
-    ("KIND"): optimizer, masks, average. And the bytes of masks per weight of the network."""
-    state = random_state(model, None, [["ce"]], options, keeps_average=True)
-    masks = SparseMask(model, state.optimizer, total_steps=10 ** 9, growth=growth, prune_every=2)
-    masks.start("uniform", 1 - sparsity, first_batch=lambda: None)
-    batches = random_batches(options, batch_size, input_size, model.num_classes)
-
-    def gradients() -> None:
-        engine.accumulate_gradients(state, batches, None, no_mix, options)
-
-    def update(kind: str) -> None:
-        # With prune_every=2 update 1 leaves the masks as they are and update 2 changes them.
-        state.sparsity = None if kind == "no masks" else masks
-        state.step, masks.changed_at = int(kind == "masks that change"), 0
-        engine.optimizer_update(state, options.clip_grad)
-
-    actions: dict[str, Callable[[], Any]] = {}
-    for kind in KINDS:
-        actions |= {f"gradients of {kind}": gradients, kind: partial(update, kind)}
-    num_bytes = sum(mask.numel() * mask.element_size() for mask in masks.masks.values())
-    seconds = time_interleaved(actions, repeats, options.device)
-    return seconds, num_bytes / model.num_parameters
-
-
-def masking_table(seconds: dict[str, list[float]], prune_every: int) -> tuple[str, float]:
-    """A Markdown table, and the ratio of an update with masks to one without, in the mean over
-    `prune_every` updates of which one changes them. Masks do not touch forward and backward, so
-    their time is one median over all kinds."""
-    gradients = statistics.median(value for kind in KINDS
-                                  for value in seconds[f"gradients of {kind}"])
-    rest = {kind: statistics.median(seconds[kind]) for kind in KINDS}
-    name = f"mean at --prune-every {prune_every}"
-    rest[name] = ((prune_every - 1) * rest["masks"] + rest["masks that change"]) / prune_every
-    plain = gradients + rest["no masks"]
-    rows = ["| update | forward, backward (s) | the rest (s) | ratio |", "|---|---:|---:|---:|"]
-    rows += [f"| {kind} | {gradients:.3f} | {value:.3f} | {(gradients + value) / plain:.3f} |"
-             for kind, value in rest.items()]
-    return "\n".join(rows), (gradients + rest[name]) / plain
-
-
-def build_parser() -> Parser:
-    parser = Parser(prog="analysis.benchmark", description=__doc__.split("\n\n")[0])
-    flag = parser.add_argument
-    flag("what", choices=["masking"], help="masking: an update of sparse training against a dense")
-    flag("--model", nargs="+", default=["slak_t"], metavar="NAME", help="NAME [key=value ...]")
-    flag("--input-size", type=int, default=224, help="pixels")
-    flag("--batch-size", type=int, default=8, help="images per update")
-    flag("--repeats", type=int, default=7, help="rounds; the table shows medians")
-    flag("--sparsity", type=float, default=0.4, help="in every layer (uniform)")
-    flag("--growth", choices=["random", "gradient", "momentum"], default="random",
-         help="where pruned weights move to")
-    flag("--prune-every", type=int, default=100, help="for the mean")
-    flag("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to run")
-    flag("--amp", choices=list(engine.AMP_DTYPES), default="none", help="mixed precision")
-    flag("--json", type=Path, metavar="FILE", help="write the figures there, too")
-    return parser
+COMMANDS = {"masking": bench_masking, "operator": bench_operator, "teacher": bench_teacher,
+            "step": bench_step, "loader": bench_loader}
 
 
 def main(argv: list[str] | None = None) -> int:
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] in (["-h"], ["--help"]):
+        print(__doc__.strip())
+        return 0
+    name = words[0] if words else "nothing"
     try:
-        args: argparse.Namespace = build_parser().parse(sys.argv[1:] if argv is None else argv)
-        smallest = {"input_size": 1, "batch_size": 2, "repeats": 1, "prune_every": 1}
-        for name, limit in smallest.items():
-            if getattr(args, name) < limit:
-                raise UserError(f"--{name.replace('_', '-')} must be at least {limit}.")
-        device = setup(args.device)
-        options = engine.StepOptions(
-            device=device, amp_dtype=engine.AMP_DTYPES[args.amp], accum_steps=1, clip_grad=None,
-            memory_format=torch.channels_last, seed=0)
-        name, model_options = parse_spec(args.model, "--model")
-        model = models.create_model(name, 1000, **model_options)
-        count_macs(model, args.input_size)  # says in words when it does not run at this size
-        seconds, bytes_per_weight = time_masking(
-            model, options, batch_size=args.batch_size, input_size=args.input_size,
-            repeats=args.repeats, growth=args.growth, sparsity=args.sparsity)
-        table, ratio = masking_table(seconds, args.prune_every)
-        where = torch.cuda.get_device_name(device) if device.type == "cuda" else (
-            f"CPU, {torch.get_num_threads()} thread(s)")
-        print(f"{' '.join(args.model)}, batch {args.batch_size} at {args.input_size} px, AdamW, "
-              f"averaged weights, precision {args.amp}, {where}, medians of {args.repeats} rounds")
-        print(f"\n{table}\n")
-        print(f"masks: {bytes_per_weight:.3f} bytes per weight of the network; peak memory "
-              f"{peak_memory_gib(device):.2f} GiB")
-        if args.json:
-            write_text_atomically(json.dumps({
-                **seconds, "ratio": ratio, "bytes_per_weight": bytes_per_weight}), args.json)
+        if name not in COMMANDS:
+            raise UserError(f"the first word says what to measure: {', '.join(COMMANDS)}; got "
+                            f"{name!r}.{did_you_mean(name, COMMANDS)}")
+        COMMANDS[name].main(words[1:])
     except UserError as error:
         print(f"analysis.benchmark: error: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError as error:
+        print(f"analysis.benchmark: error: the GPU's memory is full "
+              f"({str(error).splitlines()[0]}). Lower --batch-size.", file=sys.stderr)
         return 2
     return 0
 

@@ -6,6 +6,8 @@ from torch import Tensor
 
 import engine
 import models
+from data.erasing import draw_erasure
+from data.preparation import Pictures, collate
 from losses import create_losses
 from models.distiller import Distiller
 from models.teacher import FrozenTeacher
@@ -20,6 +22,23 @@ def random_batches(options: engine.StepOptions, batch_size: int, input_size: int
     batch = options.to_device(images, torch.randint(num_classes, (batch_size,)))
     while True:
         yield *batch, torch.arange(batch_size)
+
+
+def random_pictures(batch_size: int, input_size: int, num_classes: int, *, pin_memory: bool,
+                    erasing_prob: float = 0.25) -> Iterator[tuple[Pictures, Tensor, Tensor]]:
+    """The same random pictures as the loader hands them over for ever: bytes on the host and what
+    is to be erased, labels, indices. For options with `prepare`."""
+    samples = []
+    for index in range(batch_size):
+        pixels = torch.randint(256, (input_size, input_size, 3), dtype=torch.uint8)
+        image = pixels.permute(2, 0, 1)
+        samples.append((image, draw_erasure(image, erasing_prob),
+                        int(torch.randint(num_classes, ())), index))
+    pictures, labels, indices = collate(samples)
+    if pin_memory:
+        pictures, labels = pictures.pin_memory(), labels.pin_memory()
+    while True:
+        yield pictures, labels, indices
 
 
 def no_mix(images: Tensor, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:

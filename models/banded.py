@@ -68,26 +68,33 @@ def input_gradient(gradients: Sequence[Tensor], kernels: Sequence[Tensor]) -> Te
 def kernel_gradients(x: Tensor, gradients: Sequence[Tensor],
                      sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
     """(C, 1, kh, kw) for each size: the matrices' gradients, summed along their diagonals."""
-    result = []
-    for gradient, size in zip(gradients, sizes):
-        if is_tall(size):
-            result.append(_kernel_gradient(x, gradient, size))
-        else:
-            found = _kernel_gradient(x.transpose(2, 3), gradient.transpose(2, 3), size[::-1])
-            result.append(found.transpose(2, 3))
-    return result
+    return [kernel_gradient(x, gradient, size) if is_tall(size) else
+            kernel_gradient(x.transpose(2, 3), gradient.transpose(2, 3), size[::-1]).transpose(2, 3)
+            for gradient, size in zip(gradients, sizes)]
 
 
-def _kernel_gradient(x: Tensor, gradient: Tensor, size: tuple[int, int]) -> Tensor:
+def kernel_gradient(x: Tensor, gradient: Tensor, size: tuple[int, int]) -> Tensor:
+    """That of a tall kernel. Both maps as (C, N * (W + kw - 1), H), zeros between the images: a
+    shift of columns is then a shift of lines, and no shifted map is ever written."""
     rows, columns = size
-    channels, length = x.shape[1], x.shape[2]
-    gradient = gradient.permute(1, 2, 0, 3).reshape(channels, length, -1)  # (C, H, N * W)
-    # In float32 on a CPU: partial sums must not be rounded to the map's precision.
-    products = torch.bmm(gradient, _shifted(x, columns).transpose(1, 2))  # (C, H, kw * H)
-    products = products.view(channels, length, columns, length).transpose(1, 2)
+    length, middle = x.shape[2], columns // 2
+    lines, across = _lines(x, middle), _lines(gradient, 0, columns - 1)
+    number = across.shape[1] - columns + 1  # beyond it there are zeros
+    across = across[:, :number].transpose(1, 2)
+    # Each shift's product is rounded to the map's dtype once, then summed in float32.
+    products = torch.stack([torch.bmm(across, lines[:, j:j + number]) for j in range(columns)], 1)
     sums = diagonal_sums(products.to(_sum_dtype(x)))  # (C, kw, 2 * length - 1)
     margin = length - 1 - rows // 2
     return sums[:, :, margin:margin + rows].transpose(1, 2)[:, None]
+
+
+def _lines(x: Tensor, before: int, after: int | None = None) -> Tensor:
+    """(N, C, H, W) -> (C, N * (before + W + after), H), with zero lines around every image."""
+    num_images, channels, height, width = x.shape
+    after = before if after is None else after
+    lines = x.new_zeros(channels, num_images, before + width + after, height)
+    lines[:, :, before:before + width] = x.permute(1, 0, 3, 2)
+    return lines.flatten(1, 2)
 
 
 def diagonal_sums(matrices: Tensor) -> Tensor:

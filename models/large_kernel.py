@@ -148,7 +148,7 @@ def depthwise_sum(x: Tensor, kernels: Sequence[Tensor], bias: Tensor, prepared: 
     """Sum of `depthwise` plus a bias (C,). The kernels must not change between calls with the same
     `prepared`."""
     needs_gradient = torch.is_grad_enabled() and (
-        x.requires_grad or any(kernel.requires_grad for kernel in kernels))
+        any(value.requires_grad for value in (x, bias, *kernels)))
     x, (bias,) = _cast(x, [bias])
     name = choose(implementation, x.device, x.dtype, kernels)
     if needs_gradient or name == "library":
@@ -173,7 +173,8 @@ def _library(x: Tensor, kernel: Tensor) -> Tensor:
 def _cast(x: Tensor, others: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """To the dtype of autocast where it is on, else the others to that of x."""
     dtype = x.dtype
-    if x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type):
+    if (x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type)
+            and dtype != torch.float64):
         dtype = torch.get_autocast_dtype(x.device.type)
     return x.to(dtype), [other.to(dtype) for other in others]
 
@@ -201,7 +202,8 @@ def _branches_backward(x: Tensor, kernels: Sequence[Tensor], gradients: Sequence
     result = [found.input_gradient(gradients, kernels)] if of_input else []
     if of_kernels:
         sizes = [tuple(kernel.shape[2:]) for kernel in kernels]
-        result += [gradient.to(x.dtype) for gradient in found.kernel_gradients(x, gradients, sizes)]
+        result += [gradient.to(x.dtype).contiguous()
+                   for gradient in found.kernel_gradients(x, gradients, sizes)]
     return result
 
 

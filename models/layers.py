@@ -39,7 +39,7 @@ class GELU(nn.GELU):
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and x.requires_grad:
             return super().forward(x)
-        return torch.ops.aten.gelu_(x)
+        return torch.ops.aten.gelu_(x, approximate=self.approximate)
 
 
 class DropPath(nn.Module):

@@ -7,7 +7,8 @@ backward ones far from it. So the gradients are forward convolutions as well:
     of the kernel   the map convolved with the gradient's map as if that were a kernel: one
                     convolution of an image whose channels are the N x C maps
 
-Per output and kernel tap one multiply-add each; each map is read and written once.
+Per output and kernel tap one multiply-add each; each map is read and written once. A large map in
+float32 is too large a kernel for the caches: there the gradient of a kernel is a matrix product.
 """
 from collections.abc import Sequence
 
@@ -15,6 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models import banded
+
+# Bytes of a map of 16 channels, one vector of float32, from which it no longer stays in the second
+# cache together with the map that it slides over. Measured: 200 KB (56 x 56) is beyond it.
+LARGE_MAP = 150_000
 
 def why_not(device: torch.device) -> str | None:
     return None
@@ -55,9 +61,15 @@ def kernel_gradients(x: Tensor, gradients: Sequence[Tensor],
     """(C, 1, kh, kw) for each size. dK[c, i, j] is the sum over n, h, w of x[n, c, h + i - kh // 2,
     w + j - kw // 2] * gradient[n, c, h, w]."""
     num_images, channels = x.shape[:2]
+    if num_images == 0:
+        return [x.new_zeros(channels, 1, *size) for size in sizes]
     maps = _images_as_channels(x)
+    is_large = x.dtype == torch.float32 and 64 * x.shape[2] * x.shape[3] > LARGE_MAP
     result = []
     for gradient, size in zip(gradients, sizes):
+        if is_large and max(size) > 2 * min(size):
+            result += banded.kernel_gradients(x, [gradient], [size])
+            continue
         kernels = _images_as_channels(gradient).transpose(0, 1)  # (N * C, 1, H, W)
         padding = (size[0] // 2, size[1] // 2)
         per_image = _conv2d(maps, kernels, padding)  # (1, N * C, kh, kw)
@@ -82,7 +94,8 @@ def _conv2d(x: Tensor, kernel: Tensor, padding: tuple[int, int],
     if x.dtype == torch.float16 and x.device.type == "cpu":
         # Without its own float16 units a CPU takes 100 times as long as in float32.
         bias = bias if bias is None else bias.float()
-        return _conv2d(x.float(), kernel.float(), padding, bias).half()
+        with torch.autocast("cpu", enabled=False):  # which would cast back
+            return _conv2d(x.float(), kernel.float(), padding, bias).half()
     return F.conv2d(x, kernel, bias, padding=padding, groups=x.shape[1])
 
 

@@ -1,21 +1,62 @@
-"""The benchmark measures what it says, at any size; no time is tested."""
+"""The benchmarks measure what they say, at any size; no time is tested."""
+import copy
 import json
+import statistics
 
 import pytest
+import torch
 
-from analysis.benchmark import main, masking_table
+from analysis import bench_common
+from analysis.bench_branches import Shape, shapes_of
+from analysis.bench_common import Stopwatch, ceilings, markdown_table, time_interleaved
+from analysis.bench_masking import masking_table
+from analysis.bench_step import PHASES, build_steps, lapped
+from analysis.benchmark import COMMANDS, main
+from analysis.complexity import count_macs
+from analysis.published import PublishedSLaK
+from models import create_model
+from models.large_kernel import LargeKernelModule
+from tests.helpers import make_options
+from tests.test_bench_loader import make_photographs
 
-TINY = ["masking", "--model", "slak_pico", "--input-size", "16", "--batch-size", "2", "--repeats",
-        "2"]
+MASKING = ["masking", "--model", "slak_pico", "--input-size", "16", "--batch-size", "2"]
+OPERATOR = ["operator", "--model", "slak_pico", "--input-size", "32", "--batch-size", "2"]
+TEACHER = ["teacher", "--models", "slak_pico", "resnet_nano", "--input-size", "32",
+           "--batch-size", "2"]
+STEP = ["step", "--input-size", "32", "--batch-size", "2"]
+
+
+@pytest.fixture(autouse=True)
+def _small_ceilings(monkeypatch):
+    monkeypatch.setitem(bench_common.COPY_BYTES, "cpu", 2 ** 20)
+    monkeypatch.setitem(bench_common.MATRIX_EDGE, "cpu", 64)
+    monkeypatch.setattr("analysis.bench_operator.SHORTEST", 1e-4)
+
+
+@pytest.fixture
+def run(tmp_path, capsys):
+    """words -> (what was printed, the figures)"""
+    def run(words: list[str]) -> tuple[str, dict]:
+        path = tmp_path / "out.json"
+        assert main([*words, "--repeats", "2", "--json", str(path)]) == 0
+        return capsys.readouterr().out, json.loads(path.read_text())
+    return run
+
+
+def lines_of(printed: str) -> list[list[str]]:
+    """The cells of the one table."""
+    lines = [line for line in printed.splitlines() if line.startswith("|")]
+    assert sum(line.startswith("|---") for line in lines) == 1
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert len({len(line) for line in cells}) == 1
+    return cells[2:]
 
 
 @pytest.mark.parametrize("words", [[], ["--amp", "bf16", "--growth", "gradient"]])
-def test_masking(words, tmp_path, capsys):
-    assert main([*TINY, *words, "--json", str(tmp_path / "out.json")]) == 0
-    printed = capsys.readouterr().out
-    for kind in ("no masks", "masks", "masks that change", "mean at --prune-every 100"):
-        assert f"| {kind} |" in printed
-    figures = json.loads((tmp_path / "out.json").read_text())
+def test_masking(words, run):
+    printed, figures = run([*MASKING, *words])
+    assert [line[0] for line in lines_of(printed)] == [
+        "no masks", "masks", "masks that change", "mean at --prune-every 100"]
     assert 0 < figures["bytes_per_weight"] <= 1
     assert len(figures["masks"]) == 2 and figures["ratio"] > 0
 
@@ -28,12 +69,216 @@ def test_the_mean_counts_the_change_once():
     assert "| masks | 9.000 | 2.000 | 1.100 |" in table
 
 
+# operator
+
+
+def test_shapes_come_from_the_model():
+    """slak_pico: stages of one and two blocks, kernels 15 and 7 with 3."""
+    with torch.device("meta"):
+        shapes = shapes_of(create_model("slak_pico"), 32)
+        folded = shapes_of(create_model("slak_pico").fold(), 32)
+    assert shapes == {Shape(48, 8, 8, ((15, 3), (3, 15), (3, 3))): 1,
+                      Shape(96, 4, 4, ((7, 3), (3, 7), (3, 3))): 2}
+    assert [shape.kernels for shape in folded] == [((15, 3), (3, 15)), ((7, 3), (3, 7))]
+
+
+def test_multiply_adds_leave_out_what_no_pixel_reaches():
+    assert Shape(3, 4, 4, ((7, 3), (3, 51))).macs(2) == 2 * 3 * 16 * (7 * 3 + 3 * 7)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 0.02)])
+def test_operator(dtype, tolerance, run):
+    printed, figures = run([*OPERATOR, "--dtype", dtype])
+    rows = figures["rows"]
+    names = [row["implementation"] for row in rows]
+    assert {"published", "conv", "banded", "library"} <= set(names)
+    assert [line[1].removesuffix(" (auto)") for line in lines_of(printed)] == names
+    assert all(row["error"] <= tolerance for row in rows)
+    assert "conv (auto)" in printed
+    for row in rows:
+        base = next(other for other in rows if other["stage"] == row["stage"])
+        assert base["implementation"] == "published" and base["error"] == 0
+        for kind in ("forward", "backward"):
+            assert row[f"{kind}_ratio"] == pytest.approx(base[f"{kind}_ms"] / row[f"{kind}_ms"])
+            if row["stage"] != "all":
+                seconds = figures["seconds"][
+                    f"stage {row['stage']}, {row['implementation']}, {kind}"]
+                assert row[f"{kind}_ms"] == pytest.approx(1000 * statistics.median(seconds))
+    conv = [row for row in rows if row["implementation"] == "conv"]
+    assert conv[-1]["stage"] == "all" and conv[-1]["blocks"] == 3
+    assert conv[-1]["forward_ms"] == pytest.approx(
+        conv[0]["forward_ms"] + 2 * conv[1]["forward_ms"])
+    assert conv[0]["backward_macs"] == 3 * conv[0]["forward_macs"] > 0
+    assert conv[0]["copy_share"] == pytest.approx(
+        2 * 2 * 48 * 64 * getattr(torch, dtype).itemsize / conv[0]["forward_ms"] / 1e6
+        / figures["copy_gb_per_second"])
+
+
+def test_operator_summed_at_one_shape(run):
+    printed, figures = run(["operator", "--only-sum", "--shape", "3", "8", "8", "--kernel", "9",
+                            "3", "--implementations", "banded", "conv", "--batch-size", "2"])
+    assert [line[:2] for line in lines_of(printed)] == [
+        ["3 x 8 x 8, 9x3, 3x9", name] for name in ("published", "banded", "conv (auto)")]
+    row = figures["rows"][1]
+    assert row["backward_macs"] == 2 * row["forward_macs"] == 2 * 2 * 3 * 64 * 54
+    assert row["error"] < 1e-5
+
+
+def test_operator_folded_model(run):
+    printed, figures = run([*OPERATOR, "--only-sum", "--implementations", "conv"])
+    assert [row["stage"] for row in figures["rows"]] == [1, 1, 2, 2, "all", "all"]
+    assert "folded, summed" in printed
+
+
+# teacher
+
+
+def test_teacher(run):
+    printed, figures = run(TEACHER)
+    rows = figures["rows"]
+    expected = [["slak_pico", "none", "published"], ["slak_pico", "none", "ours"],
+                ["slak_pico", "bf16", "published"], ["slak_pico", "bf16", "ours"],
+                ["resnet_nano", "none", "ours"], ["resnet_nano", "bf16", "ours"]]
+    assert [[line[0], *line[2:4]] for line in lines_of(printed)] == expected
+    for row, (name, precision, kind) in zip(rows, expected):
+        seconds = figures["seconds"][f"{precision}, {name}, {kind}"]
+        assert row["ms_per_image"] == pytest.approx(1000 * statistics.median(seconds) / 2)
+        assert row["error"] < (1e-5 if precision == "none" else 0.1)
+    for published, ours in (rows[:2], rows[2:4]):
+        assert published["ratio"] == 1
+        assert ours["ratio"] == pytest.approx(published["ms_per_image"] / ours["ms_per_image"])
+    assert rows[0]["error"] == 0 and rows[4]["ratio"] is None
+    assert set(figures["ceilings"]) == {"none", "bf16"}
+
+
+# step
+
+
+@pytest.mark.parametrize("words", [
+    ["--teacher", "slak_pico", "--student", "convnext_bn_pico"],
+    ["--teacher", "slak_pico", "--student", "resnet_nano", "--loss", "nkd", "temperature=2",
+     "--loss", "ce", "--amp", "bf16", "--accum-steps", "2"],
+    ["--teacher", "none", "--student", "slak_pico", "--large-kernel", "banded"]])
+def test_step(words, run):
+    printed, figures = run([*STEP, *words])
+    published, ours = figures["rows"]
+    assert [line[0] for line in lines_of(printed)] == ["published", "ours"]
+    images = 4 if "--accum-steps" in words else 2
+    for row in (published, ours):
+        assert row["seconds"] == statistics.median(figures["seconds"][row["step"]])
+        assert row["images_per_second"] == pytest.approx(images / row["seconds"])
+        assert row["ratio"] == pytest.approx(published["seconds"] / row["seconds"])
+    medians = {name: statistics.median(figures["seconds"][name]) for name in PHASES}
+    for name in PHASES:
+        assert len(figures["seconds"][name]) == 2 and published[name] is None
+        assert ours[name] == pytest.approx(medians[name] / sum(medians.values()))
+        assert (ours[name] == 0) == (name == "teacher forward" and "none" in words)
+
+
+def test_the_steps_differ_as_they_say():
+    torch.manual_seed(0)
+    steps, macs = build_steps(
+        ["slak_pico", "layer_scale_init=0.5"], ["slak_pico"], [["nkd"]], batch_size=2,
+        input_size=32, implementation="banded", has_published=True, options=make_options())
+    assert macs == 4 * count_macs(create_model("slak_pico"), 32)
+    published, ours = steps["published"], steps["ours"]
+    assert published.options.memory_format == torch.contiguous_format
+    assert isinstance(published.state.distiller.student, PublishedSLaK)
+    students = [step.state.distiller.student for step in (published, ours)]
+    before = [copy.deepcopy(student.state_dict()) for student in students]
+    for step in (published, ours, lapped(ours, Stopwatch())):
+        step()
+    for student, state in zip(students, before):
+        assert not torch.equal(student.head.weight, state["head.weight"])
+    assert all(p.grad is not None for p in published.teacher.parameters())
+    assert any(p.grad.abs().max() > 0 for p in published.teacher.parameters())
+    assert all(p.grad is None for p in ours.teacher.parameters())
+    assert {module.implementation for network in (ours.teacher, students[1])
+            for module in network.modules() if isinstance(module, LargeKernelModule)} == {"banded"}
+
+
+def test_step_without_published(run):
+    printed, figures = run([*STEP, "--teacher", "slak_pico", "--student", "resnet_nano",
+                            "--no-published"])
+    assert [line[:3:2] for line in lines_of(printed)] == [["ours", "-"]]
+
+
+def test_loader(tmp_path, run):
+    make_photographs(tmp_path / "photographs")
+    printed, figures = run(["loader", "--data-path", str(tmp_path / "photographs"),
+                            "--input-size", "40", "--batch-size", "2"])
+    assert [line[0] for line in lines_of(printed)] == [row["pipeline"] for row in figures["rows"]]
+    assert lines_of(printed)[0][2] == "1.00"
+
+
+# What they share
+
+
+def test_short_actions_are_repeated():
+    calls = []
+    device = torch.device("cpu")
+    seconds = time_interleaved({"short": lambda: calls.append(0)}, 2, device, shortest=1e-3)
+    assert len(calls) > 100 and len(seconds["short"]) == 2
+    calls.clear()
+    time_interleaved({"short": lambda: calls.append(0)}, 2, device)
+    assert len(calls) == 3
+
+
+def test_ceilings_count_what_they_say():
+    found = ceilings({"copy": [1e-3, 5, 1e-3], "matrix product": [1e-6]}, torch.device("cpu"),
+                     torch.float32)
+    assert found == pytest.approx({"copy_gb_per_second": 2 * 2 ** 20 / 1e6,
+                                   "matrix_gmacs_per_second": 64 ** 3 / 1e3})
+
+
+def test_a_table():
+    assert markdown_table(["a", "b"], [["x", "1"]]) == "| a | b |\n|---|---:|\n| x | 1 |"
+
+
+def test_laps_add_up(monkeypatch):
+    now = iter([0.0, 1.0, 3.0, 10.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(now))
+    watch = Stopwatch(torch.device("cpu"))
+    for name in ("a", "b", "a"):
+        watch.lap(name)
+    assert watch.seconds == {"a": 8.0, "b": 2.0}
+
+
+def test_threads(run):
+    printed, figures = run([*OPERATOR, "--threads", "2", "--implementations", "library"])
+    assert "2 thread(s)" in printed and torch.get_num_threads() == 2
+    assert figures["place"] == "CPU, 2 thread(s)" and figures["peak_memory_gib"] > 0
+
+
+def test_help(capsys):
+    assert main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"benchmark {name}" in printed for name in COMMANDS)
+
+
 @pytest.mark.parametrize("words, telling", [
-    (["masks"], "masking"), (["masking", "--repeats", "0"], "--repeats must be at least 1"),
+    ([], "got 'nothing'"), (["masks"], "Did you mean 'masking'"),
+    (["masking", "--repeats", "0"], "--repeats must be at least 1"),
     (["masking", "--model", "vit_nano", "--input-size", "32"], "takes 224 px only"),
     (["masking", "--batch-size", "1"], "--batch-size must be at least 2"),
     (["masking", "--model", "slak"], "unknown model"),
-    (["masking", "--model", "resnet_nano", "--sparsity", "1"], "--sparsity must lie in")])
+    (["masking", "--model", "resnet_nano", "--sparsity", "1"], "--sparsity must lie in"),
+    (["operator", "--teacher", "slak_t"], "See analysis.benchmark operator --help"),
+    (["teacher", "--sparsity", "0"], "See analysis.benchmark teacher --help"),
+    (["loader", "--data-path", "x", "--device", "cpu"], "See analysis.benchmark loader --help"),
+    (["operator", "--device", "cpu", "--implementations", "triton"], "cannot run on cpu"),
+    (["operator", "--implementations", "bandit"], "Did you mean 'banded'"),
+    (["operator", "--model", "resnet_nano"], "no large depthwise kernels"),
+    (["operator", "--shape", "3", "0", "8"], "--shape must be at least 1"),
+    (["operator", "--shape", "3", "8", "8", "--kernel", "8", "3"], "two odd numbers"),
+    (["operator", "--json", "nowhere/at/all.json"], "not a file in an existing folder"),
+    (["teacher", "--models", "slak"], "unknown model"),
+    ([*STEP, "--teacher", "slak_pico", "--student", "resnet_nano", "--large-kernel", "triton",
+      "--device", "cpu"], "--large-kernel triton cannot run on cpu"),
+    ([*STEP, "--teacher", "none", "--loss", "nkd", "--student", "slak_pico"], "there is none"),
+    ([*STEP, "--teacher", "vit_nano", "--student", "resnet_nano"], "Set --input-size 224"),
+    (["step", "--accum-steps", "0"], "--accum-steps must be at least 1"),
+    (["loader"], "--data-path"), (["loader", "--data-path", "nowhere"], "nowhere")])
 def test_bad_words(words, telling, capsys):
     assert main(words) == 2
     assert telling in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """The step: one path whatever the precision, accumulation, EMA; a teacher that never trains."""
 import copy
 import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import losses
 from models import ModelOutput, create_model
 from models.base import IMAGENET_MEAN, IMAGENET_STD
 from models.distiller import Distiller
-from models.teacher import FrozenTeacher
+from models.teacher import FrozenTeacher, OnOwnStream
 from tests.helpers import (
     fill_by_name,
     make_options,
@@ -252,3 +253,36 @@ def test_a_compiled_step_carries_a_gradient():
     total.backward()
     assert distiller.student.head.weight.grad.abs().sum() > 0
     torch.testing.assert_close(total, expected)
+
+
+def test_a_teacher_on_its_own_stream_is_waited_for_by_the_losses(monkeypatch):
+    """Without a GPU: the streams only note what is asked of them."""
+    events = []
+
+    class Stream:
+        def __init__(self, name: str = "teacher") -> None:
+            self.name = name
+
+        def wait_stream(self, other: "Stream") -> None:
+            events.append(f"{self.name} waits for {other.name}")
+
+    main = Stream("main")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: main)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.Tensor, "record_stream",
+                        lambda tensor, stream: events.append(f"kept for {stream.name}"))
+    torch.manual_seed(0)
+    model = micro_slak()
+    teacher = FrozenTeacher(model, model.input_mean, model.input_std)
+    student = micro_convnext_bn()
+    student.head.register_forward_hook(lambda *_: events.append("student"))
+    state = make_state(student, {"nkd": {}}, teacher)
+    images, targets = torch.randn(2, 3, 32, 32), torch.randint(10, (2,))
+    expected, _ = state.distiller(images, targets, teacher(images))
+    events.clear()
+    pending = OnOwnStream(teacher, torch.device("cuda"))(images)
+    total, _ = state.distiller(images, targets, pending)
+    assert events == ["teacher waits for main", "kept for teacher", "student",
+                      "main waits for teacher", *["kept for main"] * 5]
+    assert torch.equal(total, expected)

@@ -131,3 +131,22 @@ def test_student_weights_are_the_start(tmp_path):
     for name, value in started["model"].items():
         if not name.endswith(("running_mean", "running_var", "num_batches_tracked")):
             assert torch.equal(value, first[name]), name
+
+
+def test_the_large_kernel_flag_changes_the_code_not_the_result(tmp_path, capsys):
+    words = "--student slak_pico dims=16,32 --large-kernel"
+    conv, _ = run(tmp_path / "conv", f"{words} conv")
+    assert "large kernels by conv" in capsys.readouterr().out
+    banded, _ = run(tmp_path / "banded", f"{words} banded")
+    assert "large kernels by banded" in capsys.readouterr().out
+    assert differs(conv["model"], banded["model"])  # in the last digits
+    for name, value in conv["model"].items():
+        torch.testing.assert_close(value, banded["model"][name], rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("words, telling", [
+    ("--large-kernel triton --student slak_pico", "cannot run on cpu"),
+    ("--teacher-stream", "needs a teacher and a GPU")])
+def test_flags_of_a_gpu_are_refused_without_one(tmp_path, words, telling, capsys):
+    assert train_kd.main([*BASE, *words.split(), "--output-dir", str(tmp_path)]) == 2
+    assert telling in capsys.readouterr().err and not list(tmp_path.iterdir())

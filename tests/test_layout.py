@@ -26,7 +26,7 @@ MAY_IMPORT = {
 MAY_IMPORT_BY_FILE = {
     # They run the real step, not a likeness of it.
     **{f"analysis/{name}.py": {"analysis", "models", "losses", "data", "utils", "engine"}
-       for name in ("benchmark", "matrix", "random_step")},
+       for name in ("bench_masking", "bench_step", "matrix", "random_step")},
 }
 # Third-party packages; safetensors is optional, looked for when a file of its kind is read, and
 # Triton, which comes with PyTorch on most machines.

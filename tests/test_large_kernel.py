@@ -1,0 +1,468 @@
+"""models/large_kernel.py and what computes it on a CPU, against torch's convolution in float64.
+
+Triton's kernels have a file of their own.
+"""
+from functools import cache
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from analysis.complexity import count_macs
+from models import banded, large_kernel
+from models.large_kernel import IMPLEMENTATIONS, Prepared, cropped, depthwise, depthwise_sum, use
+from models.slak import LargeKernel
+from tests.helpers import fill_by_name, micro_slak
+from utils.errors import UserError
+
+OURS = ("conv", "banded")  # on a CPU
+SLAK, PAIR, SINGLE = ((51, 5), (5, 51), (5, 5)), ((13, 3), (3, 13), (3, 3)), ((7, 7),)
+MAPS = ((14, 14), (7, 9), (20, 13), (1, 1), (2, 15))  # the last: a tall kernel cropped to a wide
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
+# Of the maximum. In 16 bits about three roundings: a map's, and that of each sum of two.
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1.2e-2, torch.float16: 2e-3}
+# The library's own float16 takes minutes on a CPU that has no units for it.
+RUNS = [(name, dtype) for name in ("auto", *OURS, "library") for dtype in TOLERANCES
+        if (name, dtype) != ("library", torch.float16)]
+IMAGES, CHANNELS = 2, 3
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Largest difference over the largest expected magnitude; NaN stays NaN, which fails."""
+    assert actual.shape == expected.shape
+    difference = actual.detach().double() - expected.detach().double()
+    return float(difference.abs().max() / expected.detach().double().abs().max())
+
+
+def convolutions(x: Tensor, kernels: list[Tensor]) -> list[Tensor]:
+    return [F.conv2d(x, kernel, padding=(kernel.shape[2] // 2, kernel.shape[3] // 2),
+                     groups=x.shape[1]) for kernel in kernels]
+
+
+@cache
+def drawn(sizes: tuple, size: tuple[int, int], dtype: torch.dtype) -> tuple:
+    """A map, kernels and a gradient per branch, of numbers that `dtype` holds exactly."""
+    generator = torch.Generator().manual_seed(len(sizes))
+    shapes = [(IMAGES, CHANNELS, *size), *[(CHANNELS, 1, *edges) for edges in sizes],
+              *[(IMAGES, CHANNELS, *size) for _ in sizes]]
+    x, *others = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    return x, others[:len(sizes)], others[len(sizes):]
+
+
+@cache
+def expected_of(sizes: tuple, size: tuple[int, int], dtype: torch.dtype) -> list[Tensor]:
+    """Maps, and the gradients of the map and the kernels for a gradient per branch and for the
+    first one at all, in float64."""
+    x, kernels, gradients = drawn(sizes, size, dtype)
+    leaves = [tensor.double().requires_grad_() for tensor in (x, *kernels)]
+    maps = convolutions(leaves[0], leaves[1:])
+    each = [gradient.double() for gradient in gradients]
+    by_branch = torch.autograd.grad(maps, leaves, each, retain_graph=True)
+    shared = torch.autograd.grad(maps, leaves, each[:1] * len(each))
+    return [*[y.detach() for y in maps], *by_branch, *shared]
+
+
+# Values and gradients
+
+
+@pytest.mark.parametrize("size", MAPS, ids=str)
+@pytest.mark.parametrize("name, dtype", RUNS, ids=str)
+def test_maps_and_gradients_equal_the_librarys_in_float64(name, dtype, size):
+    for number, sizes in enumerate((SLAK, PAIR, SINGLE)):
+        x, kernels, gradients = drawn(sizes, size, dtype)
+        expected = expected_of(sizes, size, dtype)
+        # Each layout of map and gradient for each set of kernels, either of them first.
+        for layout, other in (LAYOUTS, LAYOUTS[::-1])[number % 2], (LAYOUTS[number % 2],) * 2:
+            leaves = [tensor.clone(memory_format=layout).requires_grad_()
+                      for tensor in (x, *kernels)]
+            given = [gradient.contiguous(memory_format=other) for gradient in gradients]
+            maps = depthwise(leaves[0], leaves[1:], name)
+            by_branch = torch.autograd.grad(maps, leaves, given, retain_graph=True)
+            shared = torch.autograd.grad(sum(maps), leaves, given[0])
+            for tensor, reference in zip([*maps, *by_branch, *shared], expected, strict=True):
+                assert tensor.dtype == dtype
+                assert relative_error(tensor, reference) < TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1, 2, 3), (0, 1, 3), (2,)], ids=str)
+@pytest.mark.parametrize("name", OURS)
+def test_only_the_gradients_that_are_needed(name, wanted):
+    x, kernels, gradients = drawn(SLAK, (14, 14), torch.float32)
+    leaves = [tensor.clone().requires_grad_(i in wanted) for i, tensor in enumerate((x, *kernels))]
+    torch.autograd.backward(depthwise(leaves[0], leaves[1:], name), gradients)
+    expected = expected_of(SLAK, (14, 14), torch.float32)[3:7]
+    assert [i for i, leaf in enumerate(leaves) if leaf.grad is not None] == list(wanted)
+    for i in wanted:
+        assert relative_error(leaves[i].grad, expected[i]) < 1e-5
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_what_is_not_needed_is_not_computed(name, monkeypatch):
+    called = []
+    for part in ("input_gradient", "kernel_gradients"):
+        spy_on(monkeypatch, name, part, called)
+    x, kernels, _ = drawn(PAIR, (7, 9), torch.float32)
+    sum(depthwise(x.clone().requires_grad_(), kernels, name)).sum().backward()
+    assert called == [(name, "input_gradient")]
+    sum(depthwise(x, [k.clone().requires_grad_() for k in kernels], name)).sum().backward()
+    assert called[1:] == [(name, "kernel_gradients")]
+
+
+@pytest.mark.parametrize("unused", range(3))
+@pytest.mark.parametrize("name", OURS)
+def test_a_branch_without_use_changes_nothing(name, unused):
+    x, kernels, gradients = drawn(SLAK, (7, 9), torch.float32)
+    used = [i for i in range(3) if i != unused]
+    results = []
+    for branches in (convolutions, lambda x, kernels: depthwise(x, kernels, name)):
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, *kernels)]
+        maps = branches(leaves[0], leaves[1:])
+        torch.autograd.backward([maps[i] for i in used], [gradients[i] for i in used])
+        results.append([leaf.grad for leaf in leaves])
+    idle = results[1].pop(1 + unused)
+    assert results[0].pop(1 + unused) is None and (idle is None or not idle.any())
+    for found, expected in zip(results[1], results[0], strict=True):
+        assert relative_error(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_second_derivative_is_refused_and_not_wrong(name):
+    x, kernels, _ = drawn(SINGLE, (7, 9), torch.float32)
+    x = x.clone().requires_grad_()
+    with pytest.raises(RuntimeError, match="branches_backward.*no autograd formula|not require"):
+        gradient, = torch.autograd.grad(depthwise(x, kernels, name)[0].square().sum(), x,
+                                        create_graph=True)
+        torch.autograd.grad(gradient.square().sum(), x)
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_an_empty_batch_has_gradients_of_zero(name):
+    x = torch.empty(0, CHANNELS, 7, 9, requires_grad=True)
+    kernel = torch.randn(CHANNELS, 1, 5, 3, requires_grad=True)
+    depthwise(x, [kernel], name)[0].sum().backward()
+    assert x.grad.shape == x.shape and not kernel.grad.any()
+
+
+# The blocks of SLaK
+
+
+class Convolutions(nn.Module):
+    """The same sum of branches made of nn.Conv2d, as published."""
+
+    def __init__(self, like: LargeKernel) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(
+            nn.Sequential(branch.conv, branch.bn) for branch in like.children())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sum(branch(x) for branch in self.branches)
+
+
+@pytest.mark.parametrize("decomposed", [True, False])
+@pytest.mark.parametrize("bn", [True, False])
+@pytest.mark.parametrize("name", OURS)
+def test_a_block_equals_one_of_convolutions(name, bn, decomposed):
+    results = []
+    for of_block in (lambda block: block, Convolutions):
+        block = fill_by_name(LargeKernel(4, 13, 5, decomposed, bn)).train()
+        use(name, block)
+        x, gradient = torch.randn(2, 3, 4, 9, 11, generator=torch.Generator().manual_seed(1))[:, :2]
+        x.requires_grad_()
+        y = of_block(block)(x)
+        y.backward(gradient)
+        parameters = {key: value.grad for key, value in block.named_parameters()}
+        buffers = {key: value for key, value in block.named_buffers() if value.is_floating_point()}
+        results.append({"map": y, "x": x.grad, **parameters, **buffers})
+    for key, expected in results[1].items():
+        assert relative_error(results[0][key], expected) < 1e-5, key
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_every_implementation_trains_the_same_network(name):
+    logits, gradients = train_step(name)
+    expected_logits, expected = train_step("library")
+    assert relative_error(logits, expected_logits) < 1e-5
+    for key, gradient in expected.items():
+        assert relative_error(gradients[key], gradient) < 1e-4, key
+
+
+def train_step(name: str, compiled: bool = False, **options) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits and parameter gradients of a micro SLaK."""
+    model = fill_by_name(micro_slak(**options)).train()
+    use(name, model)
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+    logits = run(images)
+    F.cross_entropy(logits, torch.tensor([3, 5])).backward()
+    return logits, {key: value.grad for key, value in model.named_parameters()}
+
+
+# The sum
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("name", OURS)
+def test_sum_with_bias_for_maps_of_every_size_in_turn(name, dtype):
+    bias, prepared = torch.arange(1., 1 + CHANNELS), Prepared()
+    # Parameters stay in float32; what they are rounded to is no error of ours.
+    kernels = [kernel.float() for kernel in drawn(SLAK, (14, 14), dtype)[1]]
+    for size in (*MAPS, MAPS[0]):
+        x = drawn(SINGLE, size, dtype)[0]
+        doubles = [kernel.double() for kernel in kernels]
+        expected = sum(convolutions(x.double(), doubles)) + bias.double().view(-1, 1, 1)
+        for _ in range(2):  # prepared, then reused
+            y = depthwise_sum(x, kernels, bias, prepared, name)
+            assert y.dtype == dtype and relative_error(y, expected) < TOLERANCES[dtype]
+            assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_sum_prepares_once_for_a_kind_of_map(name, monkeypatch):
+    called = []
+    spy_on(monkeypatch, name, "prepare", called)
+    kernels, prepared, bias = drawn(PAIR, (7, 9), torch.float32)[1], Prepared(), torch.zeros(3)
+
+    def count(num_images: int, size: tuple[int, int], dtype: torch.dtype) -> int:
+        depthwise_sum(torch.randn(num_images, 3, *size).to(dtype), kernels, bias, prepared, name)
+        return len(called)
+
+    assert [count(2, (7, 9), torch.float32), count(1, (7, 9), torch.float32)] == [1, 1]
+    assert [count(2, (9, 7), torch.float32), count(2, (9, 7), torch.bfloat16)] == [2, 3]
+    assert [count(2, (9, 7), torch.bfloat16), count(2, (9, 7), torch.float32)] == [3, 4]
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1, 2, 3, 4), (0, 4), (2,)], ids=str)
+@pytest.mark.parametrize("name", ["auto", *OURS, "library"])
+def test_sum_is_in_the_graph_where_a_gradient_is_needed(name, wanted):
+    """Of the map (0), kernels and bias (4)."""
+    x, kernels, (gradient, *_) = drawn(SLAK, (7, 9), torch.float32)
+    bias, prepared, results = torch.arange(1., 1 + CHANNELS), Prepared(), []
+    with torch.no_grad():
+        depthwise_sum(x, kernels, bias, prepared, name)  # what it kept must not be used below
+    for ours in (True, False):
+        leaves = [tensor.clone().requires_grad_(i in wanted)
+                  for i, tensor in enumerate((x, *kernels, bias))]
+        x_leaf, *kernel_leaves, bias_leaf = leaves
+        if ours:
+            y = depthwise_sum(x_leaf, kernel_leaves, bias_leaf, prepared, name)
+        else:
+            y = sum(convolutions(x_leaf, kernel_leaves)) + bias_leaf.view(-1, 1, 1)
+        y.backward(gradient)
+        results.append([y, *[leaves[i].grad for i in wanted]])
+    for found, expected in zip(*results, strict=True):
+        assert relative_error(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_what_inference_mode_prepared_serves_elsewhere(name):
+    x, kernels, _ = drawn(PAIR, (7, 9), torch.float32)
+    prepared, bias = Prepared(), torch.zeros(CHANNELS)
+    with torch.inference_mode():
+        expected = depthwise_sum(x, kernels, bias, prepared, name)
+    assert torch.equal(depthwise_sum(x, kernels, bias, prepared, name), expected)
+
+
+# Precision, and what PyTorch asks of an operator
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_autocast_computes_in_its_dtype_and_gives_gradients_in_theirs(name):
+    x, kernels, gradients = drawn(SLAK, (14, 14), torch.bfloat16)
+    leaves = [tensor.float().requires_grad_() for tensor in (x, *kernels)]  # copies
+    prepared, bias = Prepared(), torch.arange(1., 1 + CHANNELS)
+    with torch.autocast("cpu", torch.bfloat16):
+        maps = depthwise(leaves[0], leaves[1:], name)
+        with torch.no_grad():
+            total = depthwise_sum(leaves[0], leaves[1:], bias, prepared, name)
+    assert {y.dtype for y in (*maps, total)} == {torch.bfloat16}
+    torch.autograd.backward(maps, gradients)
+    expected = expected_of(SLAK, (14, 14), torch.bfloat16)
+    assert relative_error(total, sum(expected[:3]) + bias.view(-1, 1, 1)) < 1.2e-2
+    for leaf, gradient in zip(leaves, expected[3:7], strict=True):
+        assert leaf.grad.dtype == torch.float32
+        assert relative_error(leaf.grad, gradient) < 1.2e-2
+
+
+def test_autocast_leaves_float64_alone_as_it_does_for_the_librarys():
+    x, kernel = torch.randn(1, 1, 5, 5).double(), torch.randn(1, 1, 3, 3).double()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert F.conv2d(x, kernel, padding=1).dtype == torch.float64
+        assert depthwise(x, [kernel])[0].dtype == torch.float64
+
+
+def test_float16_is_computed_in_float32_under_autocast_too(monkeypatch):
+    """As models/library_conv.py means to: in float16 a CPU may take 100 times as long."""
+    dtypes, real = [], F.conv2d
+
+    def noting(*inputs, **options):
+        dtypes.append(real(*inputs, **options).dtype)
+        return real(*inputs, **options)
+
+    monkeypatch.setattr(F, "conv2d", noting)
+    x, kernels, _ = drawn(PAIR, (7, 9), torch.float16)
+    depthwise(x, kernels, "conv")
+    with torch.autocast("cpu", torch.float16):
+        depthwise(x, kernels, "conv")
+    assert dtypes == [torch.float32] * 6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("operator", ["branches", "branches_backward", "total"])
+@pytest.mark.parametrize("name", OURS)
+def test_operators_are_what_torch_compile_believes(name, operator, dtype):
+    """Among others, the shapes, dtypes and strides that they announce to it."""
+    x, kernels, gradients = drawn(PAIR, (7, 9), dtype)
+    kernels, op = [cropped(k, 7, 9).contiguous() for k in kernels], torch.ops.large_kernel
+    if operator == "total":
+        prepared = IMPLEMENTATIONS[name].prepare(kernels, 7, 9, dtype)
+        torch.library.opcheck(op.total, (x, kernels, prepared, torch.ones(3, dtype=dtype), name))
+    elif operator == "branches_backward":
+        torch.library.opcheck(op.branches_backward, (x, kernels, gradients, name, True, True))
+    else:
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, *kernels)]
+        torch.library.opcheck(op.branches, (leaves[0], leaves[1:], name))
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_compiled_training_step_is_the_eager_one(name):
+    smaller = dict(depths=(1, 1), dims=(8, 16), kernel_size=(13, 7, 5))
+    logits, gradients = train_step(name, compiled=True, **smaller)
+    expected_logits, expected = train_step(name, **smaller)
+    assert relative_error(logits, expected_logits) < 1e-5
+    for key, gradient in expected.items():
+        assert relative_error(gradients[key], gradient) < 1e-5, key
+
+
+# Choice
+
+
+def kernels_on(edge: int) -> list[Tensor]:
+    return [torch.empty(2, 1, edge, 5, device="meta"), torch.empty(2, 1, 5, edge, device="meta")]
+
+
+@pytest.mark.parametrize("device, dtype, expected", [
+    ("cpu", torch.float32, "conv"), ("cpu", torch.bfloat16, "conv"), ("cpu", torch.float16, "conv"),
+    ("cpu", torch.float64, "library"), ("meta", torch.float32, "library"),
+    ("meta", torch.bfloat16, "library"), ("mps", torch.float32, "library")])
+def test_auto_without_a_gpu(device, dtype, expected):
+    for edge in (3, 51):
+        found = large_kernel.choose("auto", torch.device(device), dtype, kernels_on(edge))
+        assert found == expected
+
+
+@pytest.mark.parametrize("dtype, with_triton, without", [
+    (torch.bfloat16, "triton", "banded"), (torch.float16, "triton", "banded"),
+    (torch.float32, "banded", "banded"), (torch.float64, "library", "library")])
+def test_auto_on_a_gpu(dtype, with_triton, without, monkeypatch):
+    device = torch.device("cuda")
+    for reason, expected in ((None, with_triton), ("Triton is not installed.", without)):
+        monkeypatch.setattr(large_kernel.triton_kernels, "why_not", lambda device, r=reason: r)
+        for edge in (9, 51):
+            assert large_kernel.choose("auto", device, dtype, kernels_on(edge)) == expected
+        assert large_kernel.choose("auto", device, dtype, kernels_on(7)) == "library"
+
+
+def test_what_is_asked_for_is_taken():
+    for name in (*OURS, "library"):
+        for device, expected in (("cpu", name), ("cuda", name), ("meta", "library")):
+            found = large_kernel.choose(name, torch.device(device), torch.float32, kernels_on(3))
+            assert found == expected
+
+
+def test_triton_on_a_cpu_is_refused_in_words(monkeypatch):
+    reason = "Triton's kernels need a GPU."
+    found = IMPLEMENTATIONS["triton"]._replace(why_not=lambda device: reason)
+    monkeypatch.setitem(IMPLEMENTATIONS, "triton", found)
+    with pytest.raises(UserError) as caught:
+        depthwise(torch.zeros(1, 2, 3, 3), [torch.zeros(2, 1, 3, 3)], "triton")
+    assert str(caught.value) == (f"--large-kernel triton cannot run on cpu: {reason} Use auto.")
+
+
+def test_an_unknown_name_is_refused_with_the_known_ones():
+    known = ", ".join(large_kernel.CHOICES)
+    with pytest.raises(UserError, match=f"unknown .*'tritom'.*Known: {known}"):
+        depthwise(torch.zeros(1, 2, 3, 3), [torch.zeros(2, 1, 3, 3)], "tritom")
+
+
+def spy_on(monkeypatch, name: str, part: str, called: list) -> None:
+    """Notes (name, part) in `called` whenever that function of an implementation runs."""
+    real = getattr(IMPLEMENTATIONS[name], part)
+
+    def noting(*inputs):
+        called.append((name, part))
+        return real(*inputs)
+
+    monkeypatch.setitem(IMPLEMENTATIONS, name, IMPLEMENTATIONS[name]._replace(**{part: noting}))
+
+
+def test_use_reaches_every_large_kernel_of_every_network(monkeypatch):
+    called = []
+    for name in OURS:
+        for part in ("outputs", "total"):
+            spy_on(monkeypatch, name, part, called)
+    student, teacher = micro_slak().eval(), micro_slak().eval().fold()
+    images, num_blocks = torch.randn(1, 3, 32, 32), sum(student.depths)
+    for name, runs in (("auto", "conv"), ("banded", "banded"), ("conv", "conv"), ("library", None)):
+        use(name, student, None, teacher)
+        modules = [m for net in (student, teacher) for m in net.modules()
+                   if isinstance(m, large_kernel.LargeKernelModule)]
+        assert [m.implementation for m in modules] == [name] * 2 * num_blocks
+        called.clear()
+        with torch.no_grad():
+            student(images), teacher(images)
+        assert called == ([(runs, "outputs")] * num_blocks + [(runs, "total")] * num_blocks
+                          if runs else [])
+
+
+def test_macs_do_not_depend_on_the_implementation():
+    for make in (micro_slak, lambda: micro_slak().eval().fold()):
+        counts = []
+        for name in large_kernel.CHOICES:
+            model = make()
+            use(name, model)
+            counts.append(count_macs(model, 64))
+        assert len(set(counts)) == 1 and counts[0] > 0
+
+
+# Parts
+
+
+@pytest.mark.parametrize("edges, size, expected", [
+    ((47, 5), (14, 14), (27, 5)), ((5, 47), (20, 14), (5, 27)), ((47, 5), (24, 24), (47, 5)),
+    ((47, 5), (23, 23), (45, 5)), ((51, 5), (1, 1), (1, 1)), ((7, 7), (7, 2), (7, 3))])
+def test_cropped_keeps_what_a_map_reaches(edges, size, expected):
+    kernel = torch.randn(2, 1, *edges)
+    inner = cropped(kernel, *size)
+    assert inner.shape == (2, 1, *expected)
+    top, left = [(outer - edge) // 2 for outer, edge in zip(edges, expected)]
+    assert torch.equal(inner, kernel[:, :, top:top + expected[0], left:left + expected[1]])
+
+
+@pytest.mark.parametrize("name", ["auto", *OURS])
+def test_taps_out_of_reach_have_a_gradient_of_zero(name):
+    kernel = torch.randn(CHANNELS, 1, 47, 5, requires_grad=True)
+    depthwise(torch.randn(2, CHANNELS, 14, 14), [kernel], name)[0].square().sum().backward()
+    assert kernel.grad.shape == kernel.shape
+    reached = kernel.grad.ne(0).flatten(2).any(1)  # any image, any channel
+    assert kernel.grad[:, :, 10:37].ne(0).all() and reached.any()
+    assert not kernel.grad[:, :, :10].any() and not kernel.grad[:, :, 37:].any()
+
+
+def test_toeplitz_by_hand():
+    kernel = torch.tensor([[1., 10.], [2., 20.], [3., 30.]]).view(1, 1, 3, 2)
+    expected = torch.tensor([[2., 3., 0., 20., 30., 0.],
+                             [1., 2., 3., 10., 20., 30.],
+                             [0., 1., 2., 0., 10., 20.]])
+    assert torch.equal(banded.toeplitz(kernel, 3), expected[None])
+    assert torch.equal(banded.toeplitz(kernel, 2), expected[None, :2, [0, 1, 3, 4]])
+
+
+def test_diagonal_sums_by_hand():
+    matrix = torch.tensor([[1., 2., 3.],
+                           [40., 50., 60.],
+                           [700., 800., 900.]])
+    expected = torch.tensor([700., 840., 951., 62., 3.])
+    assert torch.equal(banded.diagonal_sums(matrix), expected)
+    several = banded.diagonal_sums(torch.stack([matrix, 2 * matrix])[:, None])
+    assert torch.equal(several, torch.stack([expected, 2 * expected])[:, None])
