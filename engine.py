@@ -15,7 +15,7 @@ from utils.distributed import gather_objects, rank, sum_over_ranks, world_size
 from utils.ema import ModelEma
 from utils.errors import NonFiniteLoss
 from utils.log import progress
-from utils.optim import set_hyperparameters
+from utils.optim import restore_optimizer, set_hyperparameters
 from utils.rng import fold_seed
 
 SMALLEST_SCALE = 2.0 ** -14  # of the loss; it starts at 2 ** 16 and halves at every overflow
@@ -128,7 +128,7 @@ class TrainState:
         if self.ema:
             self.ema.model.load_state_dict(state["model_ema"])
             self.ema.num_updates = state["ema_updates"]
-        self.optimizer.load_state_dict(state["optimizer"])
+        restore_optimizer(self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         if self.sparsity:
             self.sparsity.load_state_dict(state["sparsity"])

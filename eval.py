@@ -17,7 +17,7 @@ import data
 import engine
 import models
 from analysis.complexity import count_macs
-from models.large_kernel import CHOICES, use
+from models.large_kernel import CHOICES, describe_choice, use
 from models.trained import load_trained
 from models.weights import fetch_weights
 from utils import checkpoint, config, distributed
@@ -69,6 +69,8 @@ def run(args: argparse.Namespace) -> int:
     num_parameters = model.num_parameters
     model = model.eval().fold().to(device, memory_format=torch.channels_last)
     use(args.large_kernel, model)
+    dtype = engine.AMP_DTYPES[args.amp] or torch.float32
+    say(f"on {device}, precision {args.amp}{describe_choice(model, device, dtype)}")
     options = engine.StepOptions(
         device=device, amp_dtype=engine.AMP_DTYPES[args.amp], accum_steps=1,
         memory_format=torch.channels_last, clip_grad=None, seed=0,

@@ -79,7 +79,7 @@ def _add_data_flags(parser: config.Parser) -> None:
     flag("--mixup-switch-prob", type=float, default=0.5, help="share of cutmix where both are on")
     flag("--smoothing", type=float, default=0.1, help="label smoothing of the targets")
     flag("--fast-decode", action=argparse.BooleanOptionalAction, default=False,
-         help="scaled JPEG decoding and integer resize; crops are 0.03 to 1.2 grey levels off")
+         help="scaled JPEG decoding, integer resize; 0.03 to 1.3 grey levels off in the mean")
     flag("--num-workers", type=int, default=10, help="loader processes per training process")
     flag("--skip-bad-images", action=argparse.BooleanOptionalAction, default=False,
          help="count and report unreadable pictures instead of stopping")

@@ -24,9 +24,10 @@ from analysis.bench_common import (
     show,
 )
 from data.erasing import RATIO, SCALE
-from data.loader import FREED_BLOCKS, Samples, keep_freed_memory
+from data.loader import FREED_BLOCKS, UNREADABLE, Samples, keep_freed_memory
 from data.preparation import Pictures, Preparation, collate
 from data.randaugment import parse_policy
+from utils.errors import UserError
 from utils.log import progress
 from utils.rng import seeded
 
@@ -59,6 +60,16 @@ def photographs(folder: str | Path) -> Path:
     return root / "train" if (root / "train").is_dir() else root
 
 
+def check_readable(source: data.ImageSource) -> None:
+    """Ours would skip a broken picture and torchvision's pipeline would not."""
+    for index in range(len(source)):
+        try:
+            source.load(index)[0].load()
+        except UNREADABLE as error:
+            raise UserError(f"cannot read the picture {source.name_of(index)} ({error}). Repair or "
+                            "remove it.") from None
+
+
 def measure(folder: str | Path, *, input_size: int = 224, batch_size: int = 64, repeats: int = 9
             ) -> list[Row]:
     """One row per pipeline, torchvision's first: `images_per_second`, up to the batch;
@@ -70,8 +81,9 @@ def measure(folder: str | Path, *, input_size: int = 224, batch_size: int = 64, 
     the same crops and operations; figures are medians over `repeats` rounds after one to warm up,
     ratios those of ratios within a round. Ours runs as it does in a worker of the loader.
     """
-    root = photographs(folder)
-    source = data.create_dataset("imagefolder", root.name, str(root.absolute().parent))
+    root = photographs(folder).resolve()
+    source = data.create_dataset("imagefolder", root.name, str(root.parent))
+    check_readable(source)
     batch_size = min(batch_size, len(source))
     batches = [range(first, first + batch_size)
                for first in range(0, len(source) - batch_size + 1, batch_size)]

@@ -34,6 +34,7 @@ from analysis.bench_common import (
 )
 from analysis.complexity import count_macs
 from analysis.published import arranged
+from models.large_kernel import describe_choice
 from models.slak import SLaK
 from models.teacher import FrozenTeacher
 
@@ -91,9 +92,10 @@ def measure(names: Sequence[str], precisions: Sequence[str], *, batch_size: int,
                 layout = torch.channels_last if kind == "ours" else torch.contiguous_format
                 action = inference(network, images.to(memory_format=layout), PRECISIONS[precision])
                 error = (logits_of(action()) - reference).abs().max() / reference.abs().max()
-                rows.append({"model": name, "precision": precision, "arrangement": kind,
-                             "pixels": size, "macs": macs, "error": error.item(),
-                             "memory_gib": memory_of(action, device)})
+                choice = describe_choice(network, device, PRECISIONS[precision])
+                rows.append({"model": name, "choice": choice, "precision": precision,
+                             "arrangement": kind, "pixels": size, "macs": macs,
+                             "error": error.item(), "memory_gib": memory_of(action, device)})
                 actions[f"{precision}, {name}, {kind}"] = action
     seconds = time_interleaved(actions, repeats, device)
     best = {precision: ceilings(
@@ -121,7 +123,7 @@ def table(rows: Sequence[Row]) -> str:
     header = ["teacher", "px", "precision", "arrangement", "ms per image", "ratio", "images/s",
               "G multiply-adds/s", "of matrix rate", "memory (GiB)", "error of logits"]
     return markdown_table(header, [
-        [row["model"], str(row["pixels"]), row["precision"], row["arrangement"],
+        [row["model"], str(row["pixels"]), row["precision"], row["arrangement"] + row["choice"],
          number(row["ms_per_image"], 3), number(row["ratio"]), number(row["images_per_second"], 1),
          number(row["gmacs_per_second"], 1), percent(row["matrix_share"]),
          number(row["memory_gib"]), f"{row['error']:.1e}"] for row in rows], num_words=4)

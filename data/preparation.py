@@ -32,8 +32,11 @@ class Pictures:
 
     def to(self, device: torch.device, *, non_blocking: bool = False,
            memory_format: torch.memory_format = torch.preserve_format) -> "Pictures":
-        return replace(self, pixels=self.pixels.to(device, non_blocking=non_blocking,
-                                                   memory_format=memory_format),
+        # Copied as they lie, so that pinned memory goes without waiting; reordered there.
+        pixels = self.pixels.to(device, non_blocking=non_blocking)
+        if memory_format is not torch.preserve_format:
+            pixels = pixels.contiguous(memory_format=memory_format)
+        return replace(self, pixels=pixels,
                        erased=self.erased.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Pictures":  # torch's loader asks for it by this name

@@ -83,7 +83,7 @@ def kernel_gradient(x: Tensor, gradient: Tensor, size: tuple[int, int]) -> Tenso
     across = across[:, :number].transpose(1, 2)
     # Each shift's product is rounded to the map's dtype once, then summed in float32.
     products = torch.stack([torch.bmm(across, lines[:, j:j + number]) for j in range(columns)], 1)
-    sums = diagonal_sums(products.to(_sum_dtype(x)))  # (C, kw, 2 * length - 1)
+    sums = diagonal_sums(products.to(sum_dtype(x)))  # (C, kw, 2 * length - 1)
     margin = length - 1 - rows // 2
     return sums[:, :, margin:margin + rows].transpose(1, 2)[:, None]
 
@@ -130,5 +130,6 @@ def _shifted(x: Tensor, columns: int) -> Tensor:
     return windows.permute(0, 3, 1, 2, 4).reshape(channels, columns * height, -1)
 
 
-def _sum_dtype(x: Tensor) -> torch.dtype:
+def sum_dtype(x: Tensor) -> torch.dtype:
+    """What sums over many values of x are kept in."""
     return x.dtype if x.dtype == torch.float64 else torch.float32

@@ -62,6 +62,7 @@ class ConvNeXtBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = getattr(self, self.mixer_name)(x)
         y = y.permute(0, 2, 3, 1)  # (N, C, H, W) -> (N, H, W, C)
+        # The activation may overwrite what pwconv1 gave (models.layers.GELU).
         y = self.pwconv2(self.grn(self.act(self.pwconv1(self.norm(y)))))
         if self.gamma is not None:
             y = self.gamma * y

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from models import banded, library_conv, triton_kernels
 from utils.errors import UserError
 
-LARGE = 9  # smallest long edge for which cuDNN's own depthwise kernels are left aside; not measured
+# Smallest long edge for which cuDNN's depthwise kernels are left aside on a GPU; not measured.
+LARGE_FOR_CUDNN = 9
 
 
 class Implementation(NamedTuple):
@@ -62,11 +63,15 @@ class LargeKernelModule(nn.Module):
 
 
 def use(implementation: str, *networks: nn.Module | None) -> None:
-    """Let every large kernel of `networks` be computed by `implementation`."""
-    for network in filter(None, networks):
-        for module in network.modules():
-            if isinstance(module, LargeKernelModule):
-                module.implementation = implementation
+    """Let every large kernel of `networks` be computed by `implementation`. Raises UserError for
+    another than "auto" where there is none."""
+    found = [module for network in networks if network is not None
+             for module in network.modules() if isinstance(module, LargeKernelModule)]
+    if implementation != "auto" and not found:
+        raise UserError(f"--large-kernel {implementation} has no effect: no network here has large "
+                        "kernels. Leave it out.")
+    for module in found:
+        module.implementation = implementation
 
 
 def describe_choice(network: nn.Module, device: torch.device, dtype: torch.dtype) -> str:
@@ -102,14 +107,13 @@ def choose(implementation: str, device: torch.device, dtype: torch.dtype,
 
 
 def _automatic(device: torch.device, dtype: torch.dtype, edge: int) -> str:
-    """On a CPU forward convolutions beat all else in both precisions (docs/performance.md); on a
-    GPU matrix units do it in half precision. Elsewhere, and in float64, the library."""
+    """On a CPU `conv`: the library's forward pass and by far the fastest gradients
+    (docs/performance.md). On a GPU matrix products. Elsewhere, and in float64, the library."""
     if device.type == "cpu" and dtype != torch.float64:
         return "conv"
-    if device.type == "cuda" and edge >= LARGE and dtype in (torch.bfloat16, torch.float16):
-        return "banded" if triton_kernels.why_not(device) else "triton"
-    if device.type == "cuda" and edge >= LARGE and dtype == torch.float32:
-        return "banded"
+    if device.type == "cuda" and edge >= LARGE_FOR_CUDNN and dtype != torch.float64:
+        has_triton = dtype != torch.float32 and not triton_kernels.why_not(device)
+        return "triton" if has_triton else "banded"
     return "library"
 
 
@@ -129,9 +133,16 @@ class Prepared:
     map."""
 
     def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """To be called when the kernels changed."""
         self.key: tuple = ()
         self.kernels: list[Tensor] = []
         self.tensors: list[Tensor] = []
+
+    def __deepcopy__(self, memo: dict) -> "Prepared":
+        return Prepared()
 
     def update(self, name: str, x: Tensor, kernels: Sequence[Tensor]) -> None:
         """Prepare for such a map unless that is done."""

@@ -22,6 +22,7 @@ from models import banded
 # cache together with the map that it slides over. Measured: 200 KB (56 x 56) is beyond it.
 LARGE_MAP = 150_000
 
+
 def why_not(device: torch.device) -> str | None:
     return None
 
@@ -74,7 +75,7 @@ def kernel_gradients(x: Tensor, gradients: Sequence[Tensor],
         padding = (size[0] // 2, size[1] // 2)
         per_image = _conv2d(maps, kernels, padding)  # (1, N * C, kh, kw)
         per_image = per_image.view(num_images, channels, *size)
-        result.append(per_image.sum(0, dtype=_sum_dtype(x))[:, None])
+        result.append(per_image.sum(0, dtype=banded.sum_dtype(x))[:, None])
     return result
 
 
@@ -96,8 +97,5 @@ def _conv2d(x: Tensor, kernel: Tensor, padding: tuple[int, int],
         bias = bias if bias is None else bias.float()
         with torch.autocast("cpu", enabled=False):  # which would cast back
             return _conv2d(x.float(), kernel.float(), padding, bias).half()
-    return F.conv2d(x, kernel, bias, padding=padding, groups=x.shape[1])
-
-
-def _sum_dtype(x: Tensor) -> torch.dtype:
-    return x.dtype if x.dtype == torch.float64 else torch.float32
+    y = F.conv2d(x, kernel, bias, padding=padding, groups=x.shape[1])
+    return y.contiguous(memory_format=torch.channels_last)  # as it is already, but on some GPUs

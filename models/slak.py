@@ -97,6 +97,7 @@ class FoldedLargeKernel(LargeKernelModule):
             self.convs.append(conv)
         self.convs[0].bias.data.copy_(bias)
         self.prepared = Prepared()
+        self.register_load_state_dict_post_hook(lambda module, _: module.prepared.clear())
 
     def forward(self, x: Tensor) -> Tensor:
         return depthwise_sum(x, self.kernels(), self.convs[0].bias, self.prepared,

@@ -149,7 +149,8 @@ class SparseMask:
             return False
         weights = [self.weights[name] for name in self.masks]
         if self.growth == "momentum":
-            return all("exp_avg" in self.optimizer.state.get(weight, {}) for weight in weights)
+            return all(self.optimizer.state.get(weight, {}).get("step", 0) > 0
+                       for weight in weights)
         return self.growth == "random" or all(
             bool(weight.grad.isfinite().all()) for weight in weights)
 

@@ -60,6 +60,7 @@ class PendingOutput(NamedTuple):
     output: ModelOutput
     stream: torch.cuda.Stream
 
+    @torch.compiler.disable
     def wait(self) -> ModelOutput:
         """The output, safe to use on the current stream. The host does not wait."""
         current = torch.cuda.current_stream()

@@ -1,4 +1,5 @@
 """The loader's benchmark compares like with like and says what it did; no time is tested."""
+import pytest
 import torch
 from PIL import Image
 
@@ -8,6 +9,7 @@ from data.loader import Samples
 from data.preparation import Preparation, collate
 from data.transforms import train_transform
 from tests.test_data import big_jpeg
+from utils.errors import UserError
 
 
 def make_photographs(folder):
@@ -52,3 +54,12 @@ def test_the_pipelines_do_the_same(tmp_path):
         expected = torch.stack([theirs[epoch, index][0] for index in range(4)])
         images = prepare(collate([ours[epoch, index] for index in range(4)])[0])
         torch.testing.assert_close(images, expected, rtol=0, atol=1e-6)
+
+
+def test_a_broken_photograph_is_named(tmp_path, monkeypatch):
+    make_photographs(tmp_path)
+    broken = next(tmp_path.rglob("*.jpg"))
+    broken.write_bytes(broken.read_bytes()[:200])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=broken.name):
+        measure(".", input_size=64, batch_size=2, repeats=1)

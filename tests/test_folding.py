@@ -1,4 +1,6 @@
 """That a folded network, and the layers that inference takes shortcuts in, keep their function."""
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -249,3 +251,15 @@ def test_pointwise_linear_in_other_precisions_is_the_librarys(dtype):
     ours = PointwiseLinear(8, 12).to(dtype)
     x = torch.randn(2, 5, 7, 8, dtype=dtype)
     assert torch.equal(ours(x), nn.functional.linear(x, ours.weight, ours.bias))
+
+
+def test_other_weights_in_a_folded_network_are_the_ones_that_count():
+    images = torch.randn(2, 3, 40, 40)
+    first, second = [fill_by_name(micro_slak(), salt).eval().fold() for salt in (1, 2)]
+    with torch.no_grad():
+        first(images)  # precomputes
+        copied = copy.deepcopy(first)
+        copied.load_state_dict(second.state_dict())
+        first.load_state_dict(second.state_dict())
+        for network in (first, copied):
+            torch.testing.assert_close(network(images), second(images), rtol=1e-5, atol=1e-5)

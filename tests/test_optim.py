@@ -1,4 +1,6 @@
 """Schedules, parameter groups, layer decay and the moving average."""
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,13 @@ from models.distiller import Distiller
 from tests.helpers import micro_slak, read_json
 from utils.ema import ModelEma
 from utils.errors import UserError
-from utils.optim import build_adamw, cosine_schedule, parameter_groups, set_hyperparameters
+from utils.optim import (
+    build_adamw,
+    cosine_schedule,
+    parameter_groups,
+    restore_optimizer,
+    set_hyperparameters,
+)
 
 FIGURES = read_json("schedules")
 NANO = [name for name in list_models() if name.endswith("_nano")]
@@ -298,3 +306,28 @@ def test_a_restored_average_goes_on_as_if_never_stopped(warmup):
             resumed.update(model)
     for name, value in running.model.state_dict().items():
         np.testing.assert_array_equal(resumed.model.state_dict()[name], value)
+
+
+def test_moments_take_the_layout_of_their_parameter_when_restored():
+    """A run may be continued with the other --channels-last; the fused kernel reads raw memory."""
+    def build(layout):
+        torch.manual_seed(0)
+        model = torch.nn.Conv2d(4, 6, 3).to(memory_format=layout)
+        return model, build_adamw(parameter_groups(model, 0.1), lr=0.1, betas=(0.9, 0.999),
+                                  eps=1e-8)
+
+    def update(model, optimizer, scale):
+        for parameter in model.parameters():
+            values = torch.arange(parameter.numel()).sin().view(parameter.shape) * scale
+            parameter.grad = torch.empty_like(parameter).copy_(values)
+        optimizer.step()
+
+    model, optimizer = build(torch.channels_last)
+    update(model, optimizer, 1.0)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    update(model, optimizer, 0.5)
+    resumed, its_optimizer = build(torch.contiguous_format)
+    resumed.load_state_dict(saved[0])
+    restore_optimizer(its_optimizer, saved[1])
+    update(resumed, its_optimizer, 0.5)
+    torch.testing.assert_close(resumed.weight, model.weight.contiguous(), rtol=1e-6, atol=1e-6)

@@ -43,6 +43,18 @@ def build_adamw(groups: list[dict], *, lr: float, betas: tuple[float, float],
     return torch.optim.AdamW(fields, lr=lr, betas=betas, eps=eps, fused=True)
 
 
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Load a saved state into AdamW of `build_adamw`. Each moment gets the layout in memory of its
+    parameter, which may have changed since: the fused kernel reads both as they lie."""
+    optimizer.load_state_dict(state)
+    for group in optimizer.param_groups:
+        group["fused"] = True
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                values[name] = torch.empty_like(parameter).copy_(value)
+
+
 def cosine_schedule(base: float, final: float, total_steps: int,
                     warmup_steps: int = 0) -> Callable[[int], float]:
     """step -> value: linear from exactly 0 to `base` over the warm-up, both ends included, then
