@@ -153,8 +153,9 @@ def wanted_shapes(words: list[str], input_size: int, *, only_sum: bool, map_size
     if map_size is not None:
         check_at_least({"shape": min(map_size), "kernel": min(kernel)})
         long, short = kernel
-        if long % 2 == 0 or short % 2 == 0:
-            raise UserError(f"--kernel takes two odd numbers, got {long} {short}.")
+        if long % 2 == 0 or short % 2 == 0 or long < short:
+            raise UserError(f"--kernel takes two odd numbers, the larger first; got {long} "
+                            f"{short}.")
         kernels = ((long, short), (short, long), (short, short))
         return {Shape(*map_size, kernels[:2] if only_sum else kernels): 1}
     name, options = parse_spec(words, "--model")
@@ -177,6 +178,10 @@ def main(argv: list[str]) -> None:
     args: argparse.Namespace = parser.parse(argv)
     check_at_least({name: getattr(args, name) for name in (
         "input_size", "batch_size", "repeats", "threads")})
+    idle = {*args.given} & ({"model", "input_size"} if args.shape else {"kernel"})
+    if idle:
+        raise UserError(f"--{min(idle).replace('_', '-')} has no effect "
+                        f"{'beside' if args.shape else 'without'} --shape; leave it out.")
     device, dtype = start(args.device, args.threads), DTYPES[args.dtype]
     shapes = wanted_shapes(args.model, args.input_size, only_sum=args.only_sum,
                            map_size=args.shape, kernel=args.kernel)

@@ -232,6 +232,9 @@ def main(argv: list[str]) -> None:
     args: argparse.Namespace = parser.parse(argv)
     check_at_least({name: getattr(args, name) for name in (
         "input_size", "batch_size", "repeats", "threads", "accum_steps")}, smallest_batch=2)
+    if args.batch_size % 2:
+        raise UserError(f"mixup pairs the images of a batch: --batch-size must be even, got "
+                        f"{args.batch_size}.")
     device, dtype = start(args.device, args.threads), PRECISIONS[args.amp]
     options = engine.StepOptions(
         device=device, amp_dtype=engine.AMP_DTYPES[args.amp], accum_steps=args.accum_steps,

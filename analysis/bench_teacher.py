@@ -34,7 +34,7 @@ from analysis.bench_common import (
 )
 from analysis.complexity import count_macs
 from analysis.published import arranged
-from models.large_kernel import describe_choice
+from models.large_kernel import CHOICES, describe_choice, use
 from models.slak import SLaK
 from models.teacher import FrozenTeacher
 
@@ -70,7 +70,8 @@ def logits_of(output: Any) -> Tensor:
 
 
 def measure(names: Sequence[str], precisions: Sequence[str], *, batch_size: int, input_size: int,
-            repeats: int, device: torch.device) -> tuple[list[Row], dict[str, dict], Seconds]:
+            repeats: int, device: torch.device, implementation: str = "auto"
+            ) -> tuple[list[Row], dict[str, dict], Seconds]:
     """A row per model, precision and arrangement; what the machine does at best by precision; and
     all seconds. Errors are those of the logits against the un-folded float32 network."""
     rows, actions = [], {}
@@ -87,6 +88,8 @@ def measure(names: Sequence[str], precisions: Sequence[str], *, batch_size: int,
         reference = logits_of(inference(plain, images, torch.float32)())
         networks = {"published": plain} if isinstance(model, SLaK) else {}
         networks["ours"] = FrozenTeacher(model, model.input_mean, model.input_std).to(device)
+        if implementation != "auto" and isinstance(model, SLaK):
+            use(implementation, networks["ours"])
         for precision in precisions:
             for kind, network in networks.items():
                 layout = torch.channels_last if kind == "ours" else torch.contiguous_format
@@ -136,6 +139,7 @@ def main(argv: list[str]) -> None:
          help="names of models")
     flag("--amp", nargs="+", choices=list(PRECISIONS), default=["none", "bf16"],
          help="one or more precisions to compare")
+    flag("--large-kernel", choices=CHOICES, default="auto", help="code for the large kernels")
     args: argparse.Namespace = parser.parse(argv)
     check_at_least({name: getattr(args, name) for name in (
         "input_size", "batch_size", "repeats", "threads")})
@@ -143,7 +147,8 @@ def main(argv: list[str]) -> None:
     precisions = list(dict.fromkeys(args.amp))
     rows, best, seconds = measure(
         list(dict.fromkeys(args.models)), precisions, batch_size=args.batch_size,
-        input_size=args.input_size, repeats=args.repeats, device=device)
+        input_size=args.input_size, repeats=args.repeats, device=device,
+        implementation=args.large_kernel)
     title = (f"Inference with random weights, batch {args.batch_size}, {place(device)}, medians of "
              f"{args.repeats} rounds")
     notes = ["Ratio: published time / time, in the same precision. Error: largest over the "
