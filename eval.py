@@ -113,7 +113,7 @@ def check_flags(args: argparse.Namespace) -> None:
 
 def checkpoint_model(args: argparse.Namespace) -> models.VisionModel:
     """The student of a training checkpoint; fills in the flags that were not given."""
-    model, trained = load_trained(args.checkpoint, args.weights_key)
+    model, trained, _ = load_trained(args.checkpoint, args.weights_key)
     for name in ("data_set", "input_size", "crop_pct"):
         if getattr(args, name) is None:
             setattr(args, name, trained[name])

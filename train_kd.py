@@ -54,7 +54,7 @@ def build_parser() -> config.Parser:
                        help="may be repeated; weight=1 and the loss's own options; one of: "
                        + ", ".join(losses.list_losses()) + " (default: nkd; ce without a teacher)")
     _add_data_flags(parser)
-    _add_optimisation_flags(parser)
+    optim.add_optimisation_flags(parser)
     add_sparsity_flags(parser)
     _add_run_flags(parser)
     return parser
@@ -83,32 +83,6 @@ def _add_data_flags(parser: config.Parser) -> None:
     flag("--num-workers", type=int, default=10, help="loader processes per training process")
     flag("--skip-bad-images", action=argparse.BooleanOptionalAction, default=False,
          help="count and report unreadable pictures instead of stopping")
-
-
-def _add_optimisation_flags(parser: config.Parser) -> None:
-    group = parser.add_argument_group("optimisation")
-    flag = group.add_argument
-    flag("--epochs", type=int, default=300, help="epochs")
-    flag("--batch-size", type=int, default=64, help="images per process and micro-batch")
-    flag("--effective-batch", type=int, default=4096, help="images per update, over all processes")
-    flag("--accum-steps", "--update-freq", type=int, default=None,
-         help="micro-batches per update; by default what --effective-batch needs")
-    flag("--lr", type=float, default=4e-3, help="peak learning rate, not scaled with the batch")
-    flag("--min-lr", type=float, default=1e-6, help="where the cosine ends")
-    flag("--warmup-epochs", type=float, default=20, help="linear warm-up from 0, in epochs")
-    flag("--warmup-steps", type=int, default=None, help="the same in updates; wins")
-    flag("--weight-decay", type=float, default=0.05, help="AdamW's, not on 1-D parameters")
-    flag("--weight-decay-end", type=float, default=None, help="cosine towards it; default constant")
-    flag("--layer-decay", type=float, default=1.0, help="layer-wise learning rate decay, 1 = off")
-    flag("--opt-betas", type=float, nargs=2, default=[0.9, 0.999], help="AdamW's")
-    flag("--opt-eps", type=float, default=1e-8, help="AdamW's")
-    flag("--clip-grad", type=float, default=None, help="largest gradient norm; default: no limit")
-    flag("--model-ema", action=argparse.BooleanOptionalAction, default=False,
-         help="keep and evaluate an average of the student's weights")
-    flag("--model-ema-decay", type=float, default=0.9999, help="per update")
-    flag("--model-ema-warmup", action=argparse.BooleanOptionalAction, default=False,
-         help="start with a smaller decay; for short runs")
-    flag("--seed", type=int, default=0, help="of everything random")
 
 
 def _add_run_flags(parser: config.Parser) -> None:
@@ -281,6 +255,7 @@ def build_parts(args: argparse.Namespace, device: torch.device, sources: list,
     if args.compile and teacher is not None:
         teacher.compile()
     state = build_state(args, distiller, options, train if is_new else None)
+    state.classes = sources[0].classes
     step_teacher = OnOwnStream(teacher, device) if args.teacher_stream else teacher
     return Parts(teacher, step_teacher, state, train, val, mix, options)
 

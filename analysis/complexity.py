@@ -210,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
         args: argparse.Namespace = build_parser().parse(sys.argv[1:] if argv is None else argv)
         check_flags({*args.given}, args.sparsity, args.input_size)
         if args.checkpoint:
-            model, settings = load_trained(args.checkpoint, args.weights_key)
+            model, settings, _ = load_trained(args.checkpoint, args.weights_key)
             print_layers(model, args.input_size or settings["input_size"], count_nonzero(model))
         elif args.weights:
             name, options = parse_spec(args.model, "--model")

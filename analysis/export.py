@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
                 args.weights):
             raise UserError("give either --checkpoint FILE, or --model NAME with --weights SOURCE.")
         if args.checkpoint:
-            model, _ = load_trained(args.checkpoint, args.weights_key)
+            model = load_trained(args.checkpoint, args.weights_key).model
         else:
             if args.weights == "random":
                 raise UserError("--weights random has nothing to export; name a file.")

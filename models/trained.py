@@ -1,6 +1,6 @@
 """The student that a checkpoint of train_kd.py holds."""
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from models.base import VisionModel, create_model
 from models.weights import load_weights
@@ -9,13 +9,20 @@ from utils.errors import UserError
 from utils.registry import parse_spec
 
 
-def load_trained(path: Path, key: str | None = None) -> tuple[VisionModel, dict[str, Any]]:
-    """The network with its weights, and the settings of the run. `key`: see `load_weights`."""
-    settings = load_file(path).get("args")
+class Trained(NamedTuple):
+    model: VisionModel
+    settings: dict[str, Any]  # of the run, as args.yaml has them
+    classes: list[str] | None  # names by label; None in files written before these were kept
+
+
+def load_trained(path: Path, key: str | None = None) -> Trained:
+    """The network with its weights, and what the file says of them. `key`: see `load_weights`."""
+    content = load_file(path)
+    settings = content.get("args")
     if not isinstance(settings, dict) or "student" not in settings:
         raise UserError(f"{path} does not say which model it holds; that is known only of the "
                         "checkpoints of train_kd.py. Use --model NAME --weights FILE instead.")
     name, options = parse_spec(settings["student"], "--student")
     model = create_model(name, settings["num_classes"], **options)
     load_weights(model, path, key)
-    return model, settings
+    return Trained(model, settings, content.get("classes"))

@@ -1,5 +1,6 @@
 """Parameter groups, schedules and the optimizer of the recipe."""
 import math
+from argparse import ArgumentParser, BooleanOptionalAction
 from collections.abc import Callable
 
 import torch
@@ -79,3 +80,30 @@ def set_hyperparameters(optimizer: torch.optim.Optimizer, lr: float, weight_deca
         group["lr"] = lr * group["lr_scale"]
         if group["decays"]:
             group["weight_decay"] = weight_decay
+
+
+def add_optimisation_flags(parser: ArgumentParser) -> None:
+    """The command line's words for the optimizer, its schedule and the average of the weights."""
+    group = parser.add_argument_group("optimisation")
+    flag = group.add_argument
+    flag("--epochs", type=int, default=300, help="epochs")
+    flag("--batch-size", type=int, default=64, help="images per process and micro-batch")
+    flag("--effective-batch", type=int, default=4096, help="images per update, over all processes")
+    flag("--accum-steps", "--update-freq", type=int, default=None,
+         help="micro-batches per update; by default what --effective-batch needs")
+    flag("--lr", type=float, default=4e-3, help="peak learning rate, not scaled with the batch")
+    flag("--min-lr", type=float, default=1e-6, help="where the cosine ends")
+    flag("--warmup-epochs", type=float, default=20, help="linear warm-up from 0, in epochs")
+    flag("--warmup-steps", type=int, default=None, help="the same in updates; wins")
+    flag("--weight-decay", type=float, default=0.05, help="AdamW's, not on 1-D parameters")
+    flag("--weight-decay-end", type=float, default=None, help="cosine towards it; default constant")
+    flag("--layer-decay", type=float, default=1.0, help="layer-wise learning rate decay, 1 = off")
+    flag("--opt-betas", type=float, nargs=2, default=[0.9, 0.999], help="AdamW's")
+    flag("--opt-eps", type=float, default=1e-8, help="AdamW's")
+    flag("--clip-grad", type=float, default=None, help="largest gradient norm; default: no limit")
+    flag("--model-ema", action=BooleanOptionalAction, default=False,
+         help="keep and evaluate an average of the student's weights")
+    flag("--model-ema-decay", type=float, default=0.9999, help="per update")
+    flag("--model-ema-warmup", action=BooleanOptionalAction, default=False,
+         help="start with a smaller decay; for short runs")
+    flag("--seed", type=int, default=0, help="of everything random")
