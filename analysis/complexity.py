@@ -20,8 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import models
 from models.sparse_init import erk_densities, maskable
-from models.trained import load_trained
-from models.weights import fetch_weights
+from models.trained import load_named, load_trained
 from utils.config import Parser
 from utils.errors import UserError, one_line
 from utils.registry import parse_spec
@@ -213,9 +212,7 @@ def main(argv: list[str] | None = None) -> int:
             model, settings, _ = load_trained(args.checkpoint, args.weights_key)
             print_layers(model, args.input_size or settings["input_size"], count_nonzero(model))
         elif args.weights:
-            name, options = parse_spec(args.model, "--model")
-            model = models.create_model(name, args.num_classes, **options)
-            fetch_weights(model, name, args.weights, "--weights", args.weights_key)
+            model = load_named(args.model, args.weights, args.weights_key, args.num_classes)
             print_layers(model, args.input_size or native_size(model), count_nonzero(model))
         elif args.model:
             model = meta_model(args.model, args.num_classes)

@@ -9,12 +9,10 @@ import sys
 from pathlib import Path
 
 import models
-from models.trained import load_trained
-from models.weights import fetch_weights
+from models.trained import load_named, load_trained
 from utils.checkpoint import save_atomically
 from utils.config import Parser
 from utils.errors import UserError
-from utils.registry import parse_spec
 
 
 def build_parser() -> Parser:
@@ -56,9 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             if args.weights == "random":
                 raise UserError("--weights random has nothing to export; name a file.")
-            name, options = parse_spec(args.model, "--model")
-            model = models.create_model(name, args.num_classes, **options)
-            fetch_weights(model, name, args.weights, "--weights", args.weights_key)
+            model = load_named(args.model, args.weights, args.weights_key, args.num_classes)
         export(model, args.out)
     except UserError as error:
         print(f"analysis.export: error: {error}", file=sys.stderr)

@@ -4,14 +4,13 @@
     python -m analysis.report runs/* --out gains      # also writes gains.md and gains.csv
 """
 import argparse
-import csv
-import io
 import re
 import statistics
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from analysis.output import csv_text
 from analysis.runs import Run, read_runs
 from utils.checkpoint import write_text_atomically
 from utils.config import Parser
@@ -161,16 +160,6 @@ def markdown(rows: list[Row], left_out: list[str]) -> str:
     return "\n\n".join(parts + ["\n".join(notes)]).rstrip()
 
 
-def csv_text(rows: list[Row]) -> str:
-    """Named columns, points and ratios to four decimals, an empty cell for what is not known."""
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(Row._fields)
-    writer.writerows([round(value, 4) if isinstance(value, float) else value for value in row]
-                     for row in rows)
-    return file.getvalue()
-
-
 def write_files(base: Path, texts: dict[str, str]) -> None:
     """`texts` by suffix. UserError for a folder that is not there, or a file of another kind."""
     if not base.name or not base.parent.is_dir():
@@ -198,7 +187,7 @@ def main(argv: list[str] | None = None) -> int:
         text = markdown(rows, unreadable + left_out)
         print(text)
         if args.out is not None:
-            write_files(args.out, {".md": f"{MARK}\n{text}\n", ".csv": csv_text(rows)})
+            write_files(args.out, {".md": f"{MARK}\n{text}\n", ".csv": csv_text(rows, digits=4)})
     except (UserError, OSError) as error:  # the latter: a file at --out may not be read
         print(f"analysis.report: error: {error}", file=sys.stderr)
         return 2

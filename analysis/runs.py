@@ -16,14 +16,15 @@ class Run(NamedTuple):
     args: dict[str, Any]
     acc1: float  # last epoch, percent; of the averaged weights when the run kept them
     num_epochs_done: int
-    teacher_acc1: float | None = None  # percent
+    teacher_acc1: float | None  # percent
+    records: list[dict[str, Any]]  # an epoch each, as in log.txt
 
 
 def read_run(folder: Path) -> Run:
-    """A run folder's settings and its last line of log.txt; UserError where there is none."""
+    """A run folder's settings and its log.txt; UserError where there is none."""
     try:
         args = yaml.safe_load((folder / "args.yaml").read_text())
-        last = last_record(folder / "log.txt")
+        records = read_records(folder / "log.txt")
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{folder} (no run with a finished epoch: {Path(error.filename).name} is "
                         "missing)") from None
@@ -33,12 +34,14 @@ def read_run(folder: Path) -> Run:
              if not isinstance(args, dict) or not isinstance(args.get(name), kind)]
     if wrong:
         raise UserError(f"{folder} (args.yaml has no valid {', '.join(wrong)})")
+    last = records[-1]
     return Run(folder, args, last.get("test_acc1_ema", last["test_acc1"]), last["epoch"] + 1,
-               last.get("teacher_acc1"))
+               last.get("teacher_acc1"), records)
 
 
-def last_record(path: Path) -> dict[str, Any]:
-    record = None
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log.txt, at least one. Raises UserError for one that is none."""
+    records = []
     for number, line in enumerate(path.read_text().splitlines(), 1):
         try:
             record = json.loads(line)
@@ -50,9 +53,10 @@ def last_record(path: Path) -> dict[str, Any]:
         if not is_good:
             raise UserError(f"{path.parent} (line {number} of {path} is no JSON object with epoch "
                             "and test_acc1)")
-    if record is None:
+        records.append(record)
+    if not records:
         raise UserError(f"{path.parent} (no finished epoch)")
-    return record
+    return records
 
 
 def read_runs(folders: list[Path]) -> tuple[list[Run], list[str]]:

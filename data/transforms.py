@@ -88,13 +88,20 @@ def eval_transform(input_size: int, *, crop_pct: float | None = None) -> Transfo
     if crop_pct is not None and not 0 < crop_pct <= 1:
         raise UserError(f"crop_pct is {crop_pct}; it must lie in (0, 1], for example 0.875.")
     if crop_pct is None and input_size >= WARP_FROM:
-        steps = [T.Resize((input_size, input_size), interpolation=BICUBIC)]
-    elif crop_pct is None and input_size <= SMALL_IMAGE:
+        return warp_transform(input_size)
+    if crop_pct is None and input_size <= SMALL_IMAGE:
         steps = [T.CenterCrop(input_size)]  # does nothing to an image of the right size
     else:
         short_side = int(input_size / (crop_pct or DEFAULT_CROP_PCT))
         steps = [T.Resize(short_side, interpolation=BICUBIC), T.CenterCrop(input_size)]
     return Transform(to_rgb, tuple(steps))
+
+
+def warp_transform(input_size: int) -> Transform:
+    """Picture -> uint8 (3, input_size, input_size): the whole picture, whatever its shape, resized
+    to the square."""
+    _check_input_size(input_size)
+    return Transform(to_rgb, (T.Resize((input_size, input_size), interpolation=BICUBIC),))
 
 
 def _check_crop(input_size: int, scale: tuple[float, float], ratio: tuple[float, float],

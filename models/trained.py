@@ -1,9 +1,9 @@
-"""The student that a checkpoint of train_kd.py holds."""
+"""Networks with the weights of a file: the student of a checkpoint, or any by its name."""
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from models.base import VisionModel, create_model
-from models.weights import load_weights
+from models.weights import fetch_weights, load_weights
 from utils.checkpoint import load_file
 from utils.errors import UserError
 from utils.registry import parse_spec
@@ -26,3 +26,12 @@ def load_trained(path: Path, key: str | None = None) -> Trained:
     model = create_model(name, settings["num_classes"], **options)
     load_weights(model, path, key)
     return Trained(model, settings, content.get("classes"))
+
+
+def load_named(words: list[str], source: str, key: str | None, num_classes: int) -> VisionModel:
+    """The network that `--model NAME key=value ...` names with the weights that --weights names;
+    see `fetch_weights`."""
+    name, options = parse_spec(words, "--model")
+    model = create_model(name, num_classes, **options)
+    fetch_weights(model, name, source, "--weights", key)
+    return model

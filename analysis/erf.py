@@ -1,0 +1,187 @@
+"""The effective receptive field of networks side by side: maps, heat maps, a table of extents.
+
+    python -m analysis.erf --checkpoint runs/A/checkpoint-best.pth runs/B/checkpoint-best.pth \\
+        --data-path IMAGENET --out erf
+    python -m analysis.erf --data-path IMAGENET --out erf \\
+        --model slak_t --weights published --model convnext_t --weights published
+    python -m analysis.erf --matrix SLaK-T_51.npy --out erf        # a published map
+"""
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import closing, nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import data
+import models
+from analysis.erf_report import draw, report, table_rows
+from analysis.output import (
+    NO_PICTURES,
+    figure_class,
+    file_name,
+    new_files,
+    save_array,
+    save_figure,
+    save_tables,
+)
+from analysis.receptive_field import Field, measure
+from analysis.subjects import (
+    Subject,
+    add_picture_flags,
+    add_subject_flags,
+    check_common,
+    load_subjects,
+    select,
+    told_apart,
+    validation_pictures,
+)
+from utils.config import Parser
+from utils.distributed import run_program, setup
+from utils.errors import UserError, one_line
+from utils.log import progress, say
+from utils.registry import parse_spec
+from utils.rng import fold_seed
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="analysis.erf", description=__doc__.split("\n")[0])
+    add_subject_flags(parser)
+    add_picture_flags(parser)
+    flag = parser.add_argument
+    flag("--matrix", nargs="+", default=[], type=Path, metavar="NPY",
+         help="contribution maps (H, W) from files, this program's or published ones")
+    flag("--images", type=int, default=50, help="validation images")
+    flag("--spread", action=argparse.BooleanOptionalAction, default=False,
+         help="take them at equal distances, not the first ones (of one class, often)")
+    flag("--size", type=int, default=1024, help="pixels; images are warped to that square")
+    flag("--batch-size", type=int, default=1, help="images at a time")
+    flag("--control", action=argparse.BooleanOptionalAction, default=True,
+         help="also measure each architecture with random weights")
+    flag("--seed", type=int, default=0, help="of the random weights")
+    flag("--out", type=Path, default=Path("erf"), metavar="FOLDER", help="where everything goes")
+    flag("--overwrite", action=argparse.BooleanOptionalAction, default=False,
+         help="replace files of the same names there")
+    return parser
+
+
+def controls(subjects: Sequence[Subject], seed: int) -> list[Subject]:
+    """Each architecture of `subjects` once, with the random weights that a run of this seed starts
+    from."""
+    found: dict[tuple, Subject] = {}
+    for subject in subjects:
+        key = (tuple(subject.words), subject.model.num_classes)
+        if key not in found:
+            torch.manual_seed(fold_seed(seed, "student"))
+            name, options = parse_spec(subject.words, "--model")
+            model = models.create_model(name, subject.model.num_classes, **options)
+            found[key] = Subject(f"{name}, untrained", subject.words, model, {})
+    labels = told_apart([subject.label for subject in found.values()])
+    return [subject._replace(label=label) for subject, label in zip(found.values(), labels)]
+
+
+def check_sizes(subjects: Sequence[Subject], size: int) -> None:
+    for subject in subjects:
+        smallest = subject.model.feature_info[-1].stride
+        if subject.model.input_size not in (None, size):
+            raise UserError(f"{subject.label} takes {subject.model.input_size} px only. Measure "
+                            f"all networks there, with --size {subject.model.input_size}: extents "
+                            "at different sizes cannot be compared.")
+        if size < smallest:
+            raise UserError(f"--size {size} is below one cell of {subject.label}'s last map, "
+                            f"{smallest} px.")
+
+
+def measure_network(subject: Subject, loader: data.Loader, device: torch.device) -> Field:
+    model = subject.model.eval().requires_grad_(False).fold().to(
+        device, memory_format=torch.channels_last)
+    prepare = data.Preparation(model.input_mean, model.input_std, device)
+
+    def batches() -> Iterator[Tensor]:
+        with progress(subject.label, len(loader)) as bar:
+            for pictures, _, indices in loader:
+                images = prepare(pictures.to(device, memory_format=torch.channels_last))
+                yield images[(indices >= 0).to(device)]
+                bar.update()
+
+    try:
+        return measure(model, batches())
+    except UserError as error:
+        raise UserError(f"{subject.label}: {error} Are these the weights of a trained network?"
+                        ) from None
+
+
+def read_matrix(path: Path) -> np.ndarray:
+    """A contribution map. Raises UserError for what is none."""
+    try:
+        matrix = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"--matrix {path} is no readable .npy file ({one_line(error)}).") from None
+    if not (isinstance(matrix, np.ndarray) and matrix.ndim == 2 and matrix.size
+            and np.issubdtype(matrix.dtype, np.number) and np.isfinite(matrix).all()
+            and matrix.min() >= 0 and matrix.max() > 0):
+        shape = getattr(matrix, "shape", "several arrays")
+        raise UserError(f"--matrix {path} must be one map (H, W) of finite numbers of at least 0, "
+                        f"not all of them 0; got {shape}, {getattr(matrix, 'dtype', '')}.")
+    return matrix
+
+
+def run(subjects: Sequence[Subject], matrices: Sequence[tuple[str, np.ndarray]],
+        loader: data.Loader | None, *, device: torch.device, out: Path, spread: bool) -> None:
+    """Measure, print the table, write everything below `out`."""
+    fields = {}
+    for subject in subjects:
+        fields[subject.label] = measure_network(subject, loader, device)
+        save_array(fields[subject.label].contribution, out / f"{file_name(subject.label)}.npy")
+    for label, matrix in matrices:
+        fields[label] = Field.of_matrix(matrix)
+    rows = [row for label, field in fields.items() for row in table_rows(label, field)]
+    text = report(rows, spread)
+    save_tables(text, rows, out / "erf")
+    say(text)
+    if figure_class() is None:
+        return say(NO_PICTURES + f" Afterwards: python -m analysis.erf --matrix {out}/*.npy")
+    save_figure(draw({label: field.contribution for label, field in fields.items()}),
+                out / "erf.png")
+    say(f"maps, table and picture are in {out}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    def program() -> int:
+        args: argparse.Namespace = build_parser().parse(sys.argv[1:] if argv is None else argv)
+        device = setup(args.device)
+        check_common({"--images": (args.images, 1), "--size": (args.size, 1),
+                      "--batch-size": (args.batch_size, 1), "--num-workers": (args.num_workers, 0)})
+        subjects = load_subjects(
+            args.checkpoint, args.model, args.weights, weights_key=args.weights_key,
+            num_classes=args.num_classes, labels=args.labels, others=len(args.matrix))
+        if not subjects and not args.matrix:
+            raise UserError("nothing to measure: give --checkpoint FILES, --model NAME with "
+                            "--weights SOURCE, or --matrix FILES.")
+        given = args.labels or [subject.label for subject in subjects] + [
+            path.stem for path in args.matrix]
+        matrices = list(zip(told_apart(given)[len(subjects):], map(read_matrix, args.matrix)))
+        check_sizes(subjects, args.size)
+        loader = None
+        if subjects:
+            source = select(validation_pictures(args.data_set, args.data_path, subjects),
+                            args.images, args.spread)
+            loader = data.eval_loader(
+                source, data.warp_transform(args.size), batch_size=args.batch_size,
+                num_workers=args.num_workers, skip_bad_images=args.skip_bad_images)
+            subjects += controls(subjects, args.seed) if args.control else []
+        names = [f"{file_name(subject.label)}.npy" for subject in subjects]
+        new_files([args.out / name for name in [*names, "erf.md", "erf.csv", "erf.png"]],
+                  args.overwrite)
+        with closing(loader) if loader else nullcontext():
+            run(subjects, matrices, loader, device=device, out=args.out, spread=args.spread)
+        return 0
+
+    return run_program("analysis.erf", program)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

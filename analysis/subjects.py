@@ -1,0 +1,127 @@
+"""The networks and pictures that an analysis is about, as its command line names them."""
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+import data
+from models.base import VisionModel
+from models.trained import load_named, load_trained
+from utils.config import Parser
+from utils.distributed import world_size
+from utils.errors import UserError
+from utils.registry import parse_spec
+
+
+class Subject(NamedTuple):
+    """A network with its weights."""
+
+    label: str  # what tables and pictures call it; no two are equal
+    words: list[str]  # NAME key=value ...
+    model: VisionModel
+    settings: dict[str, Any]  # of its run; empty for weights without one
+    classes: list[str] | None = None  # names by label, where they are known
+
+
+def add_subject_flags(parser: Parser) -> None:
+    flag = parser.add_argument_group("networks").add_argument
+    flag("--checkpoint", nargs="+", default=[], type=Path, metavar="FILE", help="of train_kd.py")
+    flag("--model", nargs="+", action="append", default=None, metavar="NAME",
+         help="NAME [key=value ...], with --weights; may be repeated")
+    flag("--weights", action="append", default=None, metavar="SOURCE",
+         help="path, URL, published or random, for each --model in turn")
+    flag("--weights-key", metavar="KEY", help="model, or model_ema for the averaged weights")
+    flag("--num-classes", type=int, default=1000, help="of --weights")
+    flag("--labels", nargs="+", default=None, metavar="NAME",
+         help="what to call the networks, in order; default: their run folders or files")
+
+
+def add_picture_flags(parser: Parser) -> None:
+    flag = parser.add_argument_group("pictures").add_argument
+    flag("--data-set", nargs="+", default=None, metavar="NAME",
+         help="by default the first checkpoint's, else imagefolder")
+    flag("--data-path", default=None, help="folder that holds val/, or the folder of classes")
+    flag("--num-workers", type=int, default=2, help="loader processes")
+    flag("--skip-bad-images", action=argparse.BooleanOptionalAction, default=False,
+         help="leave unreadable pictures out instead of stopping")
+    flag("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to run")
+
+
+def check_common(smallest: dict[str, tuple[int, int]]) -> None:
+    """`smallest`: flag -> (its value, the least it may be)."""
+    for flag, (value, least) in smallest.items():
+        if value < least:
+            raise UserError(f"{flag} must be at least {least}, got {value}.")
+    if world_size() > 1:
+        raise UserError(f"this analysis runs in one process, not in {world_size()}; start it with "
+                        "python -m.")
+
+
+def load_subjects(checkpoints: Sequence[Path], models: Sequence[list[str]] | None,
+                  weights: Sequence[str] | None, *, weights_key: str | None, num_classes: int,
+                  labels: Sequence[str] | None, others: int = 0) -> list[Subject]:
+    """The students of `checkpoints`, then each of `models` with its weights. `labels` may go on
+    with names for `others` things that are no networks; they are not used here."""
+    models, weights = models or [], weights or []
+    if len(models) != len(weights):
+        raise UserError(f"each --model needs its --weights; got {len(models)} and {len(weights)}.")
+    total = len(checkpoints) + len(models) + others
+    if labels is not None and (len(labels) != total or len(set(labels)) != total):
+        raise UserError(f"--labels needs {total} different names, one for each network; got "
+                        f"{', '.join(labels)}.")
+    subjects = []
+    for path in checkpoints:
+        model, settings, classes = load_trained(path, weights_key)
+        subjects.append(Subject(path.parent.name or path.stem, settings["student"], model,
+                                settings, classes))
+    for words, source in zip(models, weights):
+        model = load_named(words, source, weights_key, num_classes)
+        name = "" if source == "published" else f", {Path(source).name}"
+        subjects.append(Subject(" ".join(words) + name, words, model, {}))
+    given = labels or told_apart([subject.label for subject in subjects])
+    return [subject._replace(label=label) for subject, label in zip(subjects, given)]
+
+
+def told_apart(labels: Sequence[str]) -> list[str]:
+    """`labels`, a number after each that was there before."""
+    return [label if label not in labels[:i] else f"{label} ({labels[:i].count(label) + 1})"
+            for i, label in enumerate(labels)]
+
+
+def validation_pictures(data_set: list[str] | None, data_path: str | None,
+                        subjects: Sequence[Subject]) -> data.ImageSource:
+    """The validation pictures of the named data set, by default that of the first run. A folder of
+    class folders will do where an image folder's val/ is expected."""
+    trained = [subject.settings["data_set"] for subject in subjects if subject.settings]
+    name, options = parse_spec(data_set or (trained or [["imagefolder"]])[0], "--data-set")
+    split = "val"
+    if name == "imagefolder" and data_path and not (Path(data_path) / split).is_dir():
+        folder = Path(data_path).absolute()
+        split, data_path = folder.name, str(folder.parent)
+    return data.create_dataset(name, split, data_path, **options)
+
+
+class Selection:
+    """Some pictures of a source, as a source."""
+
+    def __init__(self, source: data.ImageSource, indices: Sequence[int]) -> None:
+        self.source, self.indices, self.classes = source, indices, source.classes
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        return self.source.load(self.indices[index])
+
+    def name_of(self, index: int) -> str:
+        return self.source.name_of(self.indices[index])
+
+
+def select(source: data.ImageSource, number: int, spread: bool) -> data.ImageSource:
+    """The first `number` pictures, or as many at equal distances through all of them; all of them
+    for a larger number."""
+    number = min(number, len(source))
+    step = len(source) / number if spread else 1
+    return Selection(source, [int(i * step) for i in range(number)])

@@ -1,0 +1,182 @@
+"""CKA against its definition and known answers; what predictions share; the command."""
+import csv
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import models
+from analysis.cka import MinibatchCKA, gram, unbiased_hsic
+from analysis.similarity import PredictionSums, main, overlap
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def cka(first: torch.Tensor, second: torch.Tensor, batch_size: int = 32) -> float:
+    alignment = MinibatchCKA(1, 1)
+    for left, right in zip(first.split(batch_size), second.split(batch_size)):
+        alignment.add([gram(left)], [gram(right)])
+    return alignment.value().item()
+
+
+def test_hsic_is_the_mean_over_all_quadruples():
+    """Its definition as a U-statistic (Song et al. 2012), term by term."""
+    first, second = (gram(noise(6, 5, seed=seed)) for seed in (0, 1))
+    terms = [first[i, j] * (second[i, j] + second[q, r] - 2 * second[i, q])
+             for i, j, q, r in itertools.permutations(range(6), 4)]
+    torch.testing.assert_close(unbiased_hsic(first, second), torch.stack(terms).mean())
+
+
+def test_hsic_does_not_see_a_shift_of_the_features():
+    feature, other = noise(8, 5), noise(8, 5, seed=1)
+    product = (feature @ feature.T).double().fill_diagonal_(0)  # without the mean taken off
+    torch.testing.assert_close(unbiased_hsic(product, gram(other)),
+                               unbiased_hsic(gram(feature), gram(other)), rtol=1e-4, atol=1e-6)
+
+
+def test_a_map_with_itself_is_1():
+    feature = noise(64, 6, 3, 3)
+    assert cka(feature, feature) == pytest.approx(1, abs=1e-12)
+
+
+def test_a_rotated_scaled_and_moved_copy_is_1():
+    feature = noise(64, 54)
+    rotation = torch.linalg.qr(noise(54, 54, seed=1)).Q
+    assert cka(feature, 3 * feature @ rotation + 5) == pytest.approx(1, abs=1e-5)
+    assert cka(feature, feature * torch.linspace(0, 3, 54)) < 0.95  # no rotation
+
+
+def test_independent_noise_is_near_0_whatever_the_batches():
+    """The biased estimate would be far above 0 where there are more channels than images."""
+    first, second = noise(2048, 200), noise(2048, 200, seed=1)
+    for batch_size in (16, 64):
+        assert abs(cka(first, second, batch_size)) < 0.03
+    centred = [feature[:16] - feature[:16].mean(0) for feature in (first, second)]
+    grams = [feature @ feature.T for feature in centred]
+    assert (grams[0] * grams[1]).sum() / (grams[0].norm() * grams[1].norm()) > 0.8
+
+
+def test_the_estimate_does_not_depend_on_the_batch_size():
+    feature = noise(4096, 20)
+    other = feature + 2 * noise(4096, 20, seed=1)
+    small, large = (cka(feature, other, batch_size) for batch_size in (8, 256))
+    assert small == pytest.approx(large, abs=0.02) and 0.1 < large < 0.5
+
+
+def test_a_map_that_never_changes_has_no_cka():
+    assert np.isnan(cka(torch.ones(32, 4), noise(32, 4)))
+
+
+def test_overlap_counts_common_classes():
+    first = torch.tensor([[9., 8, 7, 6, 5, 0, 0.1], [1, 2, 3, 4, 5, 6, 7]])
+    other = torch.tensor([[9., 0, 7, 6, 5, 8, 0.1], [7, 6, 5, 4, 3, 2, 1]])
+    assert overlap(first, other, 1).tolist() == [1, 0]
+    assert overlap(first, other, 5).tolist() == pytest.approx([0.8, 0.6])
+    assert overlap(first[:, :2], other[:, :2], 5).tolist() == [1, 1]
+
+
+def test_predictions_by_hand():
+    first, other = torch.log(torch.tensor([[0.7, 0.3], [0.2, 0.8]])), torch.log(
+        torch.tensor([[0.6, 0.4], [0.9, 0.1]]))
+    sums = PredictionSums()
+    sums.add(first[:1], other[:1])
+    sums.add(first[1:], other[1:])
+    means = sums.means()
+    p, q = first.exp().double().numpy(), other.exp().double().numpy()
+    assert means["agreement@1"] == 50 and means["agreement@5"] == 100
+    assert means["KL(first, other)"] == pytest.approx((p * np.log(p / q)).sum() / 2)
+    assert means["KL(other, first)"] == pytest.approx((q * np.log(q / p)).sum() / 2)
+
+
+# The command
+
+
+@pytest.fixture
+def weights(tmp_path):
+    paths = []
+    for name in ("convnext_bn_pico", "slak_pico"):
+        torch.manual_seed(0)
+        paths.append(tmp_path / f"{name}.pth")
+        torch.save(models.create_model(name, 10).state_dict(), paths[-1])
+    return paths
+
+
+def command(weights, out, *more: str) -> list[str]:
+    words = [word for path in weights for word in ("--model", path.stem, "--weights", str(path))]
+    return [*words, "--num-classes", "10", "--data-set", "outlines", "val_size=21", "--input-size",
+            "32", "--batch-size", "8", "--num-workers", "0", "--out", str(out), *more]
+
+
+def table(out) -> list[dict[str, str]]:
+    with open(out / "similarity.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_command_compares_the_first_with_each_of_the_others(weights, tmp_path, capsys):
+    out = tmp_path / "similarity"
+    words = command([weights[0], *weights], out, "--labels", "one", "same", "other")
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert (out / "similarity.md").read_text() in shown
+    assert "| one | same | 21 | 100.00 | 100.00 | 0.0000 | 0.0000 |" in shown
+    rows = table(out)
+    assert len(rows) == 2 * (4 + 2 * 2)
+    by_stage = {(row["other"], row["first_stage"], row["other_stage"]): float(row["value"])
+                for row in rows if row["quantity"] == "CKA"}
+    assert by_stage["same", "1", "1"] == by_stage["same", "2", "2"] == pytest.approx(1)
+    assert by_stage["same", "1", "2"] < 1 and by_stage["other", "1", "1"] < 1
+    # The last batch has five images: counted in what is predicted, not in CKA.
+    assert {row["images"] for row in rows if row["quantity"] == "CKA"} == {"16"}
+    assert {row["images"] for row in rows if row["quantity"] != "CKA"} == {"21"}
+    assert np.load(out / "cka-2.npy")[0, 1] == by_stage["other", "1", "2"]
+    pytest.importorskip("matplotlib")
+    with Image.open(out / "similarity.png") as picture:
+        assert len(picture.convert("RGB").getcolors(10 ** 6)) > 50
+
+
+def test_other_classes_are_not_compared(weights, tmp_path, capsys):
+    torch.save(models.create_model("slak_pico", 7).state_dict(), tmp_path / "seven.pth")
+    save_trained("convnext_bn_pico", 10, tmp_path / "ten" / "checkpoint-last.pth")
+    save_trained("slak_pico", 7, tmp_path / "seven" / "checkpoint-last.pth")
+    words = command([], tmp_path / "out", "--checkpoint", *(
+        str(tmp_path / name / "checkpoint-last.pth") for name in ("ten", "seven")))
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert "| ten | seven | 21 | - | - | - | - |" in shown and "have other classes" in shown
+    assert {row["quantity"] for row in table(tmp_path / "out")} == {"CKA"}
+
+
+def save_trained(name: str, num_classes: int, path) -> None:
+    path.parent.mkdir()
+    model = models.create_model(name, num_classes)
+    settings = {"student": [name], "num_classes": num_classes, "data_set": ["outlines"],
+                "input_size": 64, "crop_pct": None}
+    torch.save({"model": model.state_dict(), "args": settings,
+                "classes": [f"class {i}" for i in range(num_classes)]}, path)
+
+
+def test_the_flags_matter(weights, tmp_path):
+    assert main(command(weights, tmp_path / "base")) == 0
+    base = table(tmp_path / "base")
+    for number, words in enumerate(("--images 16", "--images 16 --spread", "--input-size 48",
+                                    "--crop-pct 0.5", "--batch-size 10")):
+        out = tmp_path / str(number)
+        assert main(command(weights, out, *words.split())) == 0
+        assert table(out) != base, words
+        base = table(out) if words == "--images 16" else base
+    assert main(command(weights, tmp_path / "base")) == 2  # nothing is overwritten unasked
+    assert main(command(weights, tmp_path / "base", "--overwrite")) == 0
+
+
+@pytest.mark.parametrize("words, telling", [
+    ("--model slak_pico --weights random", "two networks at least are compared; got 1"),
+    ("--batch-size 3", "--batch-size must be at least 4"),
+    ("--images 2", "--images must be at least 4"),
+    ("--num-workers -1", "--num-workers must be at least 0")])
+def test_wrong_words_get_a_sentence(tmp_path, capsys, words, telling):
+    assert main([*words.split(), "--out", str(tmp_path / "out")]) == 2
+    assert telling in capsys.readouterr().err and not (tmp_path / "out").exists()
