@@ -33,6 +33,7 @@ from analysis.subjects import (
     Subject,
     add_picture_flags,
     add_subject_flags,
+    by_group,
     check_common,
     load_subjects,
     select,
@@ -69,18 +70,20 @@ def build_parser() -> Parser:
 
 
 def controls(subjects: Sequence[Subject], seed: int) -> list[Subject]:
-    """Each architecture of `subjects` once, with the random weights that a run of this seed starts
-    from."""
-    found: dict[tuple, Subject] = {}
-    for subject in subjects:
-        key = (tuple(subject.words), subject.model.num_classes)
-        if key not in found:
-            torch.manual_seed(fold_seed(seed, "student"))
-            name, options = parse_spec(subject.words, "--model")
-            model = models.create_model(name, subject.model.num_classes, **options)
-            found[key] = Subject(f"{name}, untrained", subject.words, model, {})
-    labels = told_apart([subject.label for subject in found.values()])
-    return [subject._replace(label=label) for subject, label in zip(found.values(), labels)]
+    """Each architecture of `subjects` with the random weights that a run starts from, once for each
+    seed of their runs; `seed` where there is no run."""
+    keys = dict.fromkeys((tuple(subject.words), subject.model.num_classes,
+                          subject.settings.get("seed", seed)) for subject in subjects)
+    networks = dict.fromkeys(key[:2] for key in keys)
+    names = dict(zip(networks, told_apart([f"{words[0]}, untrained" for words, _ in networks])))
+    groups = [names[key[:2]] for key in keys]
+    found = []
+    for (words, num_classes, seed_), label, group in zip(keys, told_apart(groups), groups):
+        name, options = parse_spec(list(words), "--model")
+        torch.manual_seed(fold_seed(seed_, "student"))
+        model = models.create_model(name, num_classes, **options)
+        found.append(Subject(label, group, list(words), model, {}))
+    return found
 
 
 def check_sizes(subjects: Sequence[Subject], size: int) -> None:
@@ -114,6 +117,11 @@ def measure_network(subject: Subject, loader: data.Loader, device: torch.device)
                         ) from None
 
 
+def array_names(subjects: Sequence[Subject]) -> list[str]:
+    return [f"{name}.npy" for name in told_apart([file_name(subject.label)
+                                                  for subject in subjects])]
+
+
 def read_matrix(path: Path) -> np.ndarray:
     """A contribution map. Raises UserError for what is none."""
     try:
@@ -132,20 +140,21 @@ def read_matrix(path: Path) -> np.ndarray:
 def run(subjects: Sequence[Subject], matrices: Sequence[tuple[str, np.ndarray]],
         loader: data.Loader | None, *, device: torch.device, out: Path, spread: bool) -> None:
     """Measure, print the table, write everything below `out`."""
-    fields = {}
-    for subject in subjects:
-        fields[subject.label] = measure_network(subject, loader, device)
-        save_array(fields[subject.label].contribution, out / f"{file_name(subject.label)}.npy")
-    for label, matrix in matrices:
-        fields[label] = Field.of_matrix(matrix)
-    rows = [row for label, field in fields.items() for row in table_rows(label, field)]
+    fields = []
+    for subject, name in zip(subjects, array_names(subjects)):
+        fields.append(measure_network(subject, loader, device))
+        save_array(fields[-1].contribution, out / name)
+    fields += [Field.of_matrix(matrix) for _, matrix in matrices]
+    groups = [subject.group for subject in subjects] + [name for name, _ in matrices]
+    rows = [row for label, group, field in zip(told_apart(groups), groups, fields)
+            for row in table_rows(label, group, field)]
     text = report(rows, spread)
     save_tables(text, rows, out / "erf")
     say(text)
     if figure_class() is None:
         return say(NO_PICTURES + f" Afterwards: python -m analysis.erf --matrix {out}/*.npy")
-    save_figure(draw({label: field.contribution for label, field in fields.items()}),
-                out / "erf.png")
+    firsts = {group: found[0].contribution for group, found in by_group(fields, groups).items()}
+    save_figure(draw(firsts), out / "erf.png")
     say(f"maps, table and picture are in {out}")
 
 
@@ -161,9 +170,9 @@ def main(argv: list[str] | None = None) -> int:
         if not subjects and not args.matrix:
             raise UserError("nothing to measure: give --checkpoint FILES, --model NAME with "
                             "--weights SOURCE, or --matrix FILES.")
-        given = args.labels or [subject.label for subject in subjects] + [
-            path.stem for path in args.matrix]
-        matrices = list(zip(told_apart(given)[len(subjects):], map(read_matrix, args.matrix)))
+        names = args.labels[len(subjects):] if args.labels else told_apart(
+            [path.stem for path in args.matrix])
+        matrices = list(zip(names, map(read_matrix, args.matrix)))
         check_sizes(subjects, args.size)
         loader = None
         if subjects:
@@ -173,9 +182,8 @@ def main(argv: list[str] | None = None) -> int:
                 source, data.warp_transform(args.size), batch_size=args.batch_size,
                 num_workers=args.num_workers, skip_bad_images=args.skip_bad_images)
             subjects += controls(subjects, args.seed) if args.control else []
-        names = [f"{file_name(subject.label)}.npy" for subject in subjects]
-        new_files([args.out / name for name in [*names, "erf.md", "erf.csv", "erf.png"]],
-                  args.overwrite)
+        new_files([args.out / name for name in [*array_names(subjects), "erf.md", "erf.csv",
+                                                "erf.png"]], args.overwrite)
         with closing(loader) if loader else nullcontext():
             run(subjects, matrices, loader, device=device, out=args.out, spread=args.spread)
         return 0

@@ -7,6 +7,7 @@ import numpy as np
 
 from analysis.output import figure_class, markdown_table
 from analysis.receptive_field import SCALES, THRESHOLDS, Field, extents
+from analysis.subjects import by_group
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,6 +24,7 @@ DEFINITIONS = """\
 class Row(NamedTuple):
     """A network, a scale and a threshold: a line of the CSV."""
     network: str
+    group: str  # the network without its seed
     size: str  # of the map, pixels
     images: int | None  # None: not known, of a map from a file
     skipped: int
@@ -36,7 +38,7 @@ class Row(NamedTuple):
     image_area_std: float | None
 
 
-def table_rows(label: str, field: Field) -> list[Row]:
+def table_rows(label: str, group: str, field: Field) -> list[Row]:
     height, width = field.contribution.shape
     rows = []
     for scale in SCALES:
@@ -46,31 +48,50 @@ def table_rows(label: str, field: Field) -> list[Row]:
             values = np.array([extents_[i] for extents_ in single]).reshape(-1, 2)
             mean = values.mean(0).tolist() if len(values) else (None, None)
             std = values.std(0, ddof=1).tolist() if len(values) > 1 else (None, None)
-            rows.append(Row(label, f"{height}x{width}", field.num_images, field.num_skipped, scale,
-                            threshold, *found, mean[0], std[0], mean[1], std[1]))
+            rows.append(Row(label, group, f"{height}x{width}", field.num_images, field.num_skipped,
+                            scale, threshold, *found, mean[0], std[0], mean[1], std[1]))
     return rows
 
 
 def report(rows: Sequence[Row], spread: bool) -> str:
-    """A Markdown table, one line for each network and scale, and what its words mean."""
-    heads = ["network", "scale", "px", "images", *(f"side {t:.0%}" for t in THRESHOLDS),
-             *(f"area {t:.0%}" for t in THRESHOLDS)]
-    lines = []
-    for start in range(0, len(rows), len(THRESHOLDS)):
-        group = rows[start:start + len(THRESHOLDS)]
-        first = group[0]
-        sides = [f"{row.side}" + (f" +- {row.image_side_std:.0f}"
-                                  if row.image_side_std is not None else "") for row in group]
-        lines.append([first.network, first.scale, first.size,
-                      "-" if first.images is None else str(first.images), *sides,
-                      *(f"{row.area:.2%}" for row in group)])
-    skipped = {row.network: row.skipped for row in rows if row.skipped}
-    notes = [f"- {label}: {number} image(s) left out, their gradients were not finite."
-             for label, number in skipped.items()]
+    """Markdown: a line for each network and scale; where several share a name, their mean; what the
+    words mean."""
+    measures = [f"{what} {t:.0%}" for what in ("side", "area") for t in THRESHOLDS]
+    networks = by_group(rows, [(row.network, row.scale) for row in rows])
+    parts = [markdown_table(["network", "scale", "px", "images", *measures],
+                            [network_line(found) for found in networks.values()], 2)]
+    groups = by_group([*networks.values()], [
+        (found[0].group, found[0].scale, found[0].size) for found in networks.values()])
+    means = [group_line(found) for found in groups.values() if len(found) > 1]
+    if means:
+        parts += ["Mean and sample standard deviation over the n networks of one name:",
+                  markdown_table(["network", "scale", "px", "n", *measures], means, 2)]
+    notes = [f"- {row.network}: {row.skipped} image(s) left out, their gradients were not finite."
+             for row in rows[::len(SCALES) * len(THRESHOLDS)] if row.skipped]
     if any(row.images for row in rows):
         notes.append("- images: " + ("at equal distances through" if spread else "the first of")
                      + " the validation set, warped to the square.")
-    return "\n".join([markdown_table(heads, lines, 2), "", DEFINITIONS, *notes])
+    return "\n\n".join([*parts, "\n".join([DEFINITIONS, *notes])])
+
+
+def network_line(rows: Sequence[Row]) -> list[str]:
+    """`rows`: a network's at one scale, a threshold each."""
+    sides = [f"{row.side}" + ("" if row.image_side_std is None else f" +- {row.image_side_std:.0f}")
+             for row in rows]
+    images = "-" if rows[0].images is None else str(rows[0].images)
+    return [rows[0].network, rows[0].scale, rows[0].size, images, *sides,
+            *(f"{row.area:.2%}" for row in rows)]
+
+
+def group_line(networks: Sequence[Sequence[Row]]) -> list[str]:
+    """`networks`: more than one, each as for `network_line`."""
+    first = networks[0][0]
+    sides, areas = (np.array([[getattr(row, what) for row in rows] for rows in networks])
+                    for what in ("side", "area"))
+    return [first.group, first.scale, first.size, str(len(networks)),
+            *(f"{mean:.1f} +- {std:.1f}" for mean, std in zip(sides.mean(0), sides.std(0, ddof=1))),
+            *(f"{mean:.2%} +- {std:.2%}" for mean, std in zip(areas.mean(0),
+                                                             areas.std(0, ddof=1)))]
 
 
 PANELS_PER_ROW = 4
@@ -79,14 +100,15 @@ LINES = ("-", "--", "-.", ":")  # a threshold each
 
 
 def draw(maps: Mapping[str, np.ndarray]) -> "Figure":
-    """A panel for each map (H, W) under its name, on one logarithmic scale relative to the map's
-    own largest value, with the squares of the table's extents of log10(1 + map)."""
+    """A panel for each map (H, W) under its name, all on one logarithmic scale relative to each
+    map's largest value, with the squares of the table's extents of log10(1 + map)."""
     from matplotlib.colors import LogNorm
     from matplotlib.lines import Line2D
 
     columns = min(PANELS_PER_ROW, len(maps))
     rows = -(-len(maps) // columns)
-    figure = figure_class()(figsize=(max(3.2 * columns, 5), 3.7 * rows + 0.9), layout="constrained")
+    size = (max(3.2 * columns, 5), 3.45 * rows + 0.8)
+    figure = figure_class()(figsize=size, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     norm = LogNorm(SMALLEST_SHOWN, 1)
     for axis, (label, map_) in zip(axes.flat, maps.items()):

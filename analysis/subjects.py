@@ -1,6 +1,6 @@
 """The networks and pictures that an analysis is about, as its command line names them."""
 import argparse
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ class Subject(NamedTuple):
     """A network with its weights."""
 
     label: str  # what tables and pictures call it; no two are equal
+    group: str  # the name it was given, which it may share with the same network of other seeds
     words: list[str]  # NAME key=value ...
     model: VisionModel
     settings: dict[str, Any]  # of its run; empty for weights without one
@@ -35,7 +36,8 @@ def add_subject_flags(parser: Parser) -> None:
     flag("--weights-key", metavar="KEY", help="model, or model_ema for the averaged weights")
     flag("--num-classes", type=int, default=1000, help="of --weights")
     flag("--labels", nargs="+", default=None, metavar="NAME",
-         help="what to call the networks, in order; default: their run folders or files")
+         help="what to call the networks, in order (default: their run folders or files); those "
+         "of one name are taken for seeds of one network, and their mean is shown")
 
 
 def add_picture_flags(parser: Parser) -> None:
@@ -68,26 +70,45 @@ def load_subjects(checkpoints: Sequence[Path], models: Sequence[list[str]] | Non
     if len(models) != len(weights):
         raise UserError(f"each --model needs its --weights; got {len(models)} and {len(weights)}.")
     total = len(checkpoints) + len(models) + others
-    if labels is not None and (len(labels) != total or len(set(labels)) != total):
-        raise UserError(f"--labels needs {total} different names, one for each network; got "
+    if labels is not None and len(labels) != total:
+        raise UserError(f"--labels needs {total} names, one for each network; got {len(labels)}: "
                         f"{', '.join(labels)}.")
     subjects = []
     for path in checkpoints:
         model, settings, classes = load_trained(path, weights_key)
-        subjects.append(Subject(path.parent.name or path.stem, settings["student"], model,
-                                settings, classes))
+        name = path.absolute().parent.name
+        subjects.append(Subject(name, name, settings["student"], model, settings, classes))
     for words, source in zip(models, weights):
         model = load_named(words, source, weights_key, num_classes)
-        name = "" if source == "published" else f", {Path(source).name}"
-        subjects.append(Subject(" ".join(words) + name, words, model, {}))
-    given = labels or told_apart([subject.label for subject in subjects])
-    return [subject._replace(label=label) for subject, label in zip(subjects, given)]
+        name = " ".join(words) + ("" if source == "published" else f", {Path(source).name}")
+        subjects.append(Subject(name, name, words, model, {}))
+    groups = labels or told_apart([subject.label for subject in subjects])
+    for group, found in by_group([subject.words for subject in subjects], groups).items():
+        if any(words != found[0] for words in found):
+            raise UserError(f"--labels calls different networks {group!r}; give one name to seeds "
+                            "of one network only.")
+    return [subject._replace(label=label, group=group) for subject, label, group in zip(
+        subjects, told_apart(groups), groups)]
+
+
+def by_group(items: Sequence[Any], groups: Sequence[Hashable]) -> dict[Any, list[Any]]:
+    """`items` under the group of each, in order."""
+    found: dict[Any, list[Any]] = {}
+    for item, group in zip(items, groups):
+        found.setdefault(group, []).append(item)
+    return found
 
 
 def told_apart(labels: Sequence[str]) -> list[str]:
     """`labels`, a number after each that was there before."""
-    return [label if label not in labels[:i] else f"{label} ({labels[:i].count(label) + 1})"
-            for i, label in enumerate(labels)]
+    names: list[str] = []
+    for label in labels:
+        name, number = label, 1
+        while name in names:
+            number += 1
+            name = f"{label} ({number})"
+        names.append(name)
+    return names
 
 
 def validation_pictures(data_set: list[str] | None, data_path: str | None,

@@ -138,18 +138,21 @@ def test_pictures_without_a_finite_gradient_are_left_out_and_counted():
 
 
 def test_controls_are_each_architecture_once_with_a_runs_first_weights():
-    subjects = [Subject(label, words, models.create_model("convnext_bn_pico", 7), {})
-                for label, words in (("a", ["convnext_bn_pico"]), ("b", ["convnext_bn_pico"]),
-                                     ("c", ["convnext_bn_pico", "bn=true"]))]
+    plain, other = ["convnext_bn_pico"], ["convnext_bn_pico", "bn=true"]
+    subjects = [Subject(label, label, words, models.create_model("convnext_bn_pico", 7), settings)
+                for label, words, settings in (("a", plain, {}), ("b", plain, {"seed": 3}),
+                                               ("c", other, {}), ("d", plain, {"seed": 8}))]
     found = controls(subjects, seed=3)
-    assert [control.label for control in found] == [
-        "convnext_bn_pico, untrained", "convnext_bn_pico, untrained (2)"]
+    first, second = "convnext_bn_pico, untrained", "convnext_bn_pico, untrained (2)"
+    assert [control.group for control in found] == [first, second, first]
+    assert len({control.label for control in found}) == 3
     torch.manual_seed(fold_seed(3, "student"))
     wanted = models.create_model("convnext_bn_pico", 7).state_dict()
     assert all(torch.equal(value, wanted[name])
                for name, value in found[0].model.state_dict().items())
-    other = controls(subjects, seed=4)[0].model.state_dict()
-    assert not all(torch.equal(value, wanted[name]) for name, value in other.items())
+    for other in (found[2], controls(subjects, seed=4)[0]):
+        state = other.model.state_dict()
+        assert not all(torch.equal(value, wanted[name]) for name, value in state.items())
 
 
 def test_select():
@@ -220,6 +223,20 @@ def test_maps_from_files_give_the_same_extents(weights, tmp_path):
     assert not list((tmp_path / "again").glob("*.npy"))
 
 
+def test_networks_of_one_name_are_seeds_of_one(weights, tmp_path, capsys):
+    out = tmp_path / "erf"
+    assert main(command(weights, out, "--no-control", "--labels", "net", "net")) == 0
+    rows = table(out)
+    assert [row["network"] for row in rows[::8]] == ["net", "net (2)"]
+    assert {row["group"] for row in rows} == {"net"}
+    sides = [float(row["side"]) for row in rows if (row["scale"], row["threshold"]) == (
+        "log", "0.2")]
+    shown = capsys.readouterr().out
+    assert (f"| net | log | 32x32 | 2 | {np.mean(sides):.1f} +- {np.std(sides, ddof=1):.1f} |"
+            in shown)
+    assert sorted(path.name for path in out.glob("*.npy")) == ["net.npy", "net_2.npy"]
+
+
 def test_without_matplotlib_a_sentence_says_how_to_get_pictures(weights, tmp_path, capsys,
                                                                 monkeypatch):
     monkeypatch.setitem(output.figure_class.__globals__["__builtins__"], "__import__",
@@ -288,7 +305,7 @@ def test_pictures_from_a_folder_with_val_or_the_folder_itself(weights, tmp_path,
     ("--model slak_pico --weights random --images 0", "--images must be at least 1"),
     ("--model slak_pico --weights random --size 4", "below one cell"),
     ("--model vit_nano --weights random --size 64", "with --size 224"),
-    ("--model slak_pico --weights random --labels a b", "--labels needs 1 different names"),
+    ("--model slak_pico --weights random --labels a b", "--labels needs 1 names"),
     ("--model slak_pico --weights random --data-path nowhere", "nowhere"),
     ("--model slak_picco --weights random", "Did you mean 'slak_pico'?"),
     ("--checkpoint nothing.pth", "no such file: nothing.pth"),

@@ -122,7 +122,7 @@ def test_the_command_compares_the_first_with_each_of_the_others(weights, tmp_pat
     assert main(words) == 0
     shown = capsys.readouterr().out
     assert (out / "similarity.md").read_text() in shown
-    assert "| one | same | 21 | 100.00 | 100.00 | 0.0000 | 0.0000 |" in shown
+    assert "| one | same | 1 | 21 | 100.00 | 100.00 | 0.0000 | 0.0000 |" in shown
     rows = table(out)
     assert len(rows) == 2 * (4 + 2 * 2)
     by_stage = {(row["other"], row["first_stage"], row["other_stage"]): float(row["value"])
@@ -138,6 +138,26 @@ def test_the_command_compares_the_first_with_each_of_the_others(weights, tmp_pat
         assert len(picture.convert("RGB").getcolors(10 ** 6)) > 50
 
 
+def test_networks_of_one_name_are_seeds_of_one(weights, tmp_path, capsys):
+    out = tmp_path / "similarity"
+    torch.manual_seed(5)
+    torch.save(models.create_model("slak_pico", 10).state_dict(), tmp_path / "second.pth")
+    words = command(weights, out, "--model", "slak_pico", "--weights", str(tmp_path / "second.pth"))
+    assert main([*words, "--labels", "one", "seeds", "seeds"]) == 0
+    shown = capsys.readouterr().out
+    rows = [row for row in table(out) if row["quantity"] == "agreement@5"]
+    assert [(row["other"], row["group"]) for row in rows] == [
+        ("seeds", "seeds"), ("seeds (2)", "seeds")]
+    values = [float(row["value"]) for row in rows]
+    assert values[0] != values[1]
+    assert f"| {np.mean(values):.2f} +- {np.std(values, ddof=1):.2f} |" in shown
+    cka = np.mean([np.load(out / f"cka-{number}.npy") for number in (1, 2)], axis=0)
+    assert f"| {cka[0, 0]:.3f} | {cka[0, 1]:.3f} |" in shown
+    words = command([*weights, weights[0]], tmp_path / "no", "--labels", "one", "two", "two")
+    assert main(words) == 2 and not (tmp_path / "no").exists()
+    assert "calls different networks 'two'" in capsys.readouterr().err
+
+
 def test_other_classes_are_not_compared(weights, tmp_path, capsys):
     torch.save(models.create_model("slak_pico", 7).state_dict(), tmp_path / "seven.pth")
     save_trained("convnext_bn_pico", 10, tmp_path / "ten" / "checkpoint-last.pth")
@@ -146,7 +166,7 @@ def test_other_classes_are_not_compared(weights, tmp_path, capsys):
         str(tmp_path / name / "checkpoint-last.pth") for name in ("ten", "seven")))
     assert main(words) == 0
     shown = capsys.readouterr().out
-    assert "| ten | seven | 21 | - | - | - | - |" in shown and "have other classes" in shown
+    assert "| ten | seven | 1 | 21 | - | - | - | - |" in shown and "have other classes" in shown
     assert {row["quantity"] for row in table(tmp_path / "out")} == {"CKA"}
 
 
