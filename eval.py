@@ -2,6 +2,7 @@
 
     python eval.py --checkpoint runs/slak_t-resnet50-nkd-300ep/checkpoint-best.pth --data-path DIR
     python eval.py --model convnext_t --weights published --data-path DIR
+    python eval.py ... --data-set imagenet_c --data-path DIR      # and _a, _r, _sketch, _v2, _real
     torchrun --nproc_per_node=8 eval.py ...          # the same numbers, faster
 """
 import argparse
@@ -12,14 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 import data
 import engine
 import models
 from analysis.complexity import count_macs
 from models.large_kernel import CHOICES, describe_choice, use
-from models.trained import load_trained
-from models.weights import fetch_weights
+from models.trained import Trained, load_named, load_trained
 from utils import checkpoint, config, distributed
 from utils.errors import UserError
 from utils.log import say
@@ -37,10 +38,13 @@ def build_parser() -> config.Parser:
     flag("--weights-key", default=None, help="model, or model_ema for the averaged weights")
     flag("--num-classes", type=int, default=1000, help="classes of --weights")
     flag("--data-set", nargs="+", default=None, metavar="NAME",
-         help="by default the checkpoint's, else imagefolder")
-    flag("--data-path", default=None, help="folder that holds val/")
+         help="NAME [key=value ...], by default the checkpoint's, else imagefolder; one of: "
+         + ", ".join(data.list_datasets()))
+    flag("--data-path", default=None,
+         help="folder that holds val/; of ImageNet's test sets, the folder as it was unpacked")
     flag("--input-size", type=int, default=None, help="by default the checkpoint's, else 224 px")
-    flag("--crop-pct", type=float, default=None, help="by default the checkpoint's, else 224/256")
+    flag("--crop-pct", type=float, default=None,
+         help="by default the data set's own, else the checkpoint's, else 224/256")
     flag("--batch-size", type=int, default=96, help="images per process")
     flag("--num-workers", type=int, default=10, help="loader processes per process")
     flag("--skip-bad-images", action=argparse.BooleanOptionalAction, default=False,
@@ -61,8 +65,8 @@ def main(argv: list[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     device = distributed.setup(args.device)
     check_flags(args)
-    model = checkpoint_model(args) if args.checkpoint else named_model(args)
-    source = build_source(args, model)
+    trained = checkpoint_model(args) if args.checkpoint else named_model(args)
+    model, source = trained.model, build_source(args, trained)
     macs = count_macs(model, args.input_size)
     say(f"{model.num_parameters:,} parameters, {macs / 1e9:.3f} G multiply-accumulates at "
         f"{args.input_size} px")
@@ -81,10 +85,11 @@ def run(args: argparse.Namespace) -> int:
         skip_bad_images=args.skip_bad_images, pin_memory=device.type == "cuda")
     start = time.perf_counter()
     with closing(loader):
-        result = engine.evaluate(model, loader, options=options)
+        result, figures = evaluate(model, source, loader, options)
     seconds = time.perf_counter() - start
     say(report(result, {
-        "parameters": f"{num_parameters:,}", "multiply-accumulates": f"{macs / 1e9:.3f} G",
+        **figures, "parameters": f"{num_parameters:,}",
+        "multiply-accumulates": f"{macs / 1e9:.3f} G",
         "images/s, with loading, all processes": f"{result.num_samples / seconds:.0f}",
         f"images/s, network alone, batch {args.batch_size}":
             f"{throughput(model, options, args.input_size, args.batch_size):.0f}"}))
@@ -111,37 +116,66 @@ def check_flags(args: argparse.Namespace) -> None:
                         "folder that exists.")
 
 
-def checkpoint_model(args: argparse.Namespace) -> models.VisionModel:
-    """The student of a training checkpoint; fills in the flags that were not given."""
-    model, trained, _ = load_trained(args.checkpoint, args.weights_key)
-    for name in ("data_set", "input_size", "crop_pct"):
-        if getattr(args, name) is None:
-            setattr(args, name, trained[name])
-    say(f"{' '.join(trained['student'])} from {args.checkpoint}")
-    return model
+def checkpoint_model(args: argparse.Namespace) -> Trained:
+    """The student of a training checkpoint."""
+    trained = load_trained(args.checkpoint, args.weights_key)
+    say(f"{' '.join(trained.settings['student'])} from {args.checkpoint}")
+    return trained
 
 
-def named_model(args: argparse.Namespace) -> models.VisionModel:
-    name, options = parse_spec(args.model, "--model")
-    model = models.create_model(name, args.num_classes, **options)
-    fetch_weights(model, name, args.weights, "--weights", args.weights_key)
+def named_model(args: argparse.Namespace) -> Trained:
+    model = load_named(args.model, args.weights, args.weights_key, args.num_classes)
     say(f"{' '.join(args.model)}, weights {args.weights}")
-    return model
+    return Trained(model, settings={}, classes=None)
 
 
-def build_source(args: argparse.Namespace, model: models.VisionModel) -> data.ImageSource:
-    args.data_set = args.data_set or ["imagefolder"]
-    args.input_size = args.input_size or model.input_size or model.native_size or 224
+def build_source(args: argparse.Namespace, trained: Trained) -> data.ImageSource:
+    """The data set, with the model's labels; fills in the flags that were not given."""
+    model, settings, classes = trained
+    args.data_set = args.data_set or settings.get("data_set") or ["imagefolder"]
+    args.input_size = (args.input_size or settings.get("input_size") or model.input_size
+                       or model.native_size or 224)
     if model.input_size not in (None, args.input_size):
         raise UserError(f"--input-size {args.input_size}: this model takes {model.input_size} px "
                         "only.")
     name, options = parse_spec(args.data_set, "--data-set")
     source = data.create_dataset(name, "val", args.data_path, **options)
-    if len(source.classes) != model.num_classes:
-        raise UserError(f"the validation set has {len(source.classes)} classes, the model "
-                        f"{model.num_classes}. Evaluate on the data set it was trained for (for "
-                        "--weights of another number of classes, set --num-classes).")
+    if args.crop_pct is None:
+        args.crop_pct = getattr(source, "crop_pct", None) or settings.get("crop_pct")
+    data.align(source, classes, model.num_classes)
     return source
+
+
+class Competing(nn.Module):
+    """A classifier whose other classes than `classes` have logits of minus infinity."""
+
+    def __init__(self, model: models.VisionModel, classes: list[int]) -> None:
+        super().__init__()
+        self.model = model
+        is_out = torch.ones(model.num_classes, dtype=torch.bool)
+        is_out[classes] = False
+        self.register_buffer("is_out", is_out)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images).masked_fill(self.is_out, -torch.inf)
+
+
+def evaluate(model: models.VisionModel, source: data.ImageSource, loader: data.Loader,
+             options: engine.StepOptions) -> tuple[engine.Evaluation, dict[str, str]]:
+    """Its result among the classes that the data set lets compete, and the rows that this adds."""
+    figures, competing = {}, getattr(source, "competing", None)
+    if competing is None:
+        result = engine.evaluate(model, loader, options=options)
+    else:
+        figures["classes"] = f"{len(competing)} of the model's {model.num_classes} compete"
+        network = Competing(model, competing).to(options.device).eval()
+        result = engine.evaluate(network, loader, options=options)
+        top5 = result.samples["top5"]  # below five classes filled with -1, as everywhere
+        top5[~torch.isin(top5, torch.tensor(competing))] = -1
+    if hasattr(source, "figures"):
+        counts = source.count(result.samples["index"], result.samples["top5"])
+        figures |= source.figures(distributed.sum_over_ranks(counts))
+    return result, figures
 
 
 @torch.no_grad()

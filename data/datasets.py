@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from PIL import Image
+from torch import Tensor
 from torchvision.datasets import CIFAR100
 from torchvision.datasets import ImageFolder as TorchvisionFolder
 
@@ -14,7 +15,7 @@ from utils.distributed import barrier, is_main
 from utils.errors import UserError
 from utils.registry import Registry
 
-DATASETS = Registry("data set", home="data/datasets.py")
+DATASETS = Registry("data set", home="data/datasets.py and data/imagenet_*.py")
 register_dataset = DATASETS.register
 
 
@@ -26,9 +27,37 @@ class ImageSource(Protocol):
     def name_of(self, index: int) -> str: ...
 
 
+class EvalSource(ImageSource, Protocol):
+    """What a set that is only evaluated on may have besides; eval.py does without any of it, but
+    `count` and `figures` go together."""
+
+    crop_pct: float | None  # that suits its pictures, before the checkpoint's; None: any
+    competing: list[int] | None  # once aligned, the classes whose logits count; None: all
+
+    def align(self, classes: list[str] | None, num_classes: int) -> None:
+        """Make labels and `classes` those of a model, whose classes are called `classes` (None:
+        not known), and leave out the pictures of others. Raises UserError where none is left."""
+
+    def count(self, index: Tensor, top5: Tensor) -> Tensor:
+        """Sums, in float64, over samples index (n,) whose best classes are top5 (n, 5); those of
+        all processes are added up."""
+
+    def figures(self, counts: Tensor) -> dict[str, str]:
+        """Rows of eval.py's report, from the sum of the counts."""
+
+
 def create_dataset(name: str, split: str, data_path: str | None, **options) -> ImageSource:
     """The `train` or `val` split of a registered data set."""
     return DATASETS.create(name, split, data_path, **options)
+
+
+def list_datasets() -> list[str]:
+    return DATASETS.names()
+
+
+def read_picture(path: str) -> Image.Image:
+    with open(path, "rb") as file:  # read at once: no file stays open until it is decoded
+        return Image.open(io.BytesIO(file.read()))
 
 
 @register_dataset("imagefolder")
@@ -60,8 +89,7 @@ class ImageFolder:
 
     def load(self, index: int) -> tuple[Image.Image, int]:
         path, label = self.samples[index]
-        with open(path, "rb") as file:  # read at once: no file stays open until it is decoded
-            return Image.open(io.BytesIO(file.read())), label
+        return read_picture(path), label
 
     def name_of(self, index: int) -> str:
         return self.samples[index][0]
@@ -114,3 +142,14 @@ def check_same_classes(train: ImageSource, val: ImageSource) -> None:
     raise UserError(f"train has {len(train.classes)} classes and val {len(val.classes)}, and they "
                     f"differ: only in train: {', '.join(only_train) or 'none'}; only in val: "
                     f"{', '.join(only_val) or 'none'}. Both need the same class folders.")
+
+
+def align(source: ImageSource, classes: list[str] | None, num_classes: int) -> None:
+    """Make the labels of `source` those of a model: by name where it can, else they are its own
+    when there are as many. `classes`: as EvalSource has it."""
+    if hasattr(source, "align"):
+        source.align(classes, num_classes)
+    elif len(source.classes) != num_classes:
+        raise UserError(f"the validation set has {len(source.classes)} classes, the model "
+                        f"{num_classes}. Evaluate on the data set it was trained for (for "
+                        "--weights of another number of classes, set --num-classes).")
