@@ -20,6 +20,9 @@ from utils.optim import restore_optimizer, set_hyperparameters
 from utils.rng import fold_seed
 
 SMALLEST_SCALE = 2.0 ** -14  # of the loss; it starts at 2 ** 16 and halves at every overflow
+# What measures a batch after its backward pass: called with the images, the targets, what the
+# teacher gave and what scales a loss, it returns scalars by name. NaN: no figure this time.
+Probe = Callable[[Tensor, Tensor, Any, Callable[[Tensor], Tensor]], dict[str, Tensor]]
 AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -115,12 +118,14 @@ class StepOptions(NamedTuple):
 def train_one_epoch(state: TrainState, loader: Any, teacher: nn.Module | None, mix: Callable,
                     schedule: Callable[[int], dict[str, float]], *, options: StepOptions,
                     steps_per_epoch: int, print_every: int,
-                    after_update: Callable[[TrainState], bool]) -> dict[str, float] | None:
+                    after_update: Callable[[TrainState], bool],
+                    probe: Probe | None = None) -> dict[str, float] | None:
     """Train epoch `state.epoch` from wherever `state.step` stands in it, to its end.
 
     `mix(images, labels, seed)` -> (images, targets). `schedule(step)` -> lr and weight_decay.
     `after_update(state)` returns True to stop early; the epoch then returns None, else the epoch's
-    means: raw loss terms, `loss` (their weighted sum), `grad_norm`, and `images_per_second`.
+    means: raw loss terms, `loss` (their weighted sum), `grad_norm`, `images_per_second`, and what
+    `probe` measures every `print_every` updates and, as an epoch may be shorter, at its last one.
     Raises NonFiniteLoss at the next print interval after a term became NaN or infinite.
     """
     state.wrapped.train()
@@ -130,10 +135,12 @@ def train_one_epoch(state: TrainState, loader: Any, teacher: nn.Module | None, m
     batches = iter(loader.start_at(state.epoch, done * options.accum_steps))
     start, num_images = time.perf_counter(), 0
     with progress(f"epoch {state.epoch}", steps_per_epoch, initial=done, unit="step") as bar:
-        for _ in range(done, steps_per_epoch):
+        for nth in range(done + 1, steps_per_epoch + 1):
+            is_measured = (state.step + 1) % print_every == 0 or nth == steps_per_epoch
             values = schedule(state.step)
             set_hyperparameters(state.optimizer, **values)
-            num_images += accumulate_gradients(state, batches, teacher, mix, options)
+            num_images += accumulate_gradients(state, batches, teacher, mix, options,
+                                               probe=probe if is_measured else None)
             optimizer_update(state, options.clip_grad)
             bar.update()
             if state.step % print_every == 0:
@@ -151,8 +158,14 @@ def train_one_epoch(state: TrainState, loader: Any, teacher: nn.Module | None, m
 
 
 def accumulate_gradients(state: TrainState, batches: Iterator, teacher: nn.Module | None,
-                         mix: Callable, options: StepOptions) -> int:
-    """Forward and backward of the micro-batches of one update; the number of images seen here."""
+                         mix: Callable, options: StepOptions, *, probe: Probe | None = None) -> int:
+    """Forward and backward of the micro-batches of one update; the number of images seen here.
+
+    `probe` measures the last one, with the random numbers that it was trained with.
+    """
+    def scaled(loss: Tensor) -> Tensor:
+        return state.scaler.scale(loss / options.accum_steps)
+
     num_images = 0
     for micro in range(options.accum_steps):
         images, labels, _ = next(batches)
@@ -160,15 +173,21 @@ def accumulate_gradients(state: TrainState, batches: Iterator, teacher: nn.Modul
         images, labels = options.to_device(images, labels)
         counters = (state.step, micro, rank())
         images, targets = mix(images, labels, fold_seed(options.seed, "mixup", *counters))
-        torch.manual_seed(fold_seed(options.seed, "drop path", *counters))
+        seed = fold_seed(options.seed, "drop path", *counters)
+        torch.manual_seed(seed)
         is_last = micro + 1 == options.accum_steps
         is_ddp = isinstance(state.wrapped, DistributedDataParallel)
         with nullcontext() if is_last or not is_ddp else state.wrapped.no_sync():
             with options.autocast():
                 teacher_output = teacher(images) if teacher is not None else None
                 total, terms = state.wrapped(images, targets, teacher_output)
-            state.scaler.scale(total / options.accum_steps).backward()
+            scaled(total).backward()
         state.meter.add({**terms, "loss": total}, state.step)
+        if probe is not None and is_last:
+            torch.manual_seed(seed)
+            with options.autocast():
+                figures = probe(images, targets, teacher_output, scaled)
+            state.meter.add(figures, state.step, may_be_missing=True)
     return num_images
 
 

@@ -10,6 +10,7 @@ import math
 import sys
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ import losses
 import models
 from analysis.describe import describe_cost, describe_network
 from models.distiller import Distiller
+from models.health import measure_health
 from models.large_kernel import CHOICES, describe_choice, use
 from models.sparsity import SparseMask, add_sparsity_flags
 from models.teacher import FrozenTeacher, OnOwnStream
@@ -34,6 +36,7 @@ from utils.errors import UserError
 from utils.log import RunLog, peak_memory_gib, say, summary_writer_class
 from utils.registry import parse_spec
 from utils.rng import fold_seed
+from utils.run_name import run_name
 
 
 def build_parser() -> config.Parser:
@@ -97,6 +100,9 @@ def _add_run_flags(parser: config.Parser) -> None:
     flag("--save-every-steps", type=int, default=0,
          help="updates between checkpoint-last.pth within an epoch, 0 = at its end only")
     flag("--print-every", type=int, default=50, help="updates between looks at the loss")
+    flag("--log-kd-health", action=argparse.BooleanOptionalAction, default=False,
+         help="log, per --print-every, the teacher's accuracy and entropy on the batches of the "
+         "training, the student's agreement, each loss's share of the gradient (models/health.py)")
     flag("--dry-run", action=argparse.BooleanOptionalAction, default=False,
          help="build everything, print it and its cost, stop; published weights are not fetched")
     flag("--tensorboard", action=argparse.BooleanOptionalAction, default=False,
@@ -124,6 +130,7 @@ class Parts(NamedTuple):
     val: data.Loader
     mix: data.Mixup
     options: engine.StepOptions
+    probe: engine.Probe | None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -143,7 +150,7 @@ def run(args: argparse.Namespace) -> int:
     args.num_classes, args.train_size = len(sources[0].classes), len(sources[0])
     resolve_batch(args)
     schedule = build_schedule(args)
-    folder = args.output_dir / run_folder.run_name(
+    folder = args.output_dir / run_name(
         args.teacher, args.student, args.loss, args.epochs, args.seed, args.sparsity)
     saved = run_folder.find_checkpoint(folder, args.resume, args.auto_resume, config.plain(args),
                                        defaults=config.plain(build_parser().parse([])))
@@ -184,6 +191,9 @@ def check_ranges(args: argparse.Namespace, device: torch.device) -> None:
                         "--sparsity; the published one is 0.4.")
     if args.teacher_stream and (device.type != "cuda" or args.teacher == ["none"]):
         raise UserError("--teacher-stream needs a teacher and a GPU; leave it out.")
+    if args.log_kd_health and args.teacher == ["none"]:
+        raise UserError("--log-kd-health logs what a teacher passes on, and there is none. Name "
+                        "one with --teacher, or leave the flag out.")
     if args.tensorboard:
         summary_writer_class()
 
@@ -257,7 +267,8 @@ def build_parts(args: argparse.Namespace, device: torch.device, sources: list,
     state = build_state(args, distiller, options, train if is_new else None)
     state.classes = sources[0].classes
     step_teacher = OnOwnStream(teacher, device) if args.teacher_stream else teacher
-    return Parts(teacher, step_teacher, state, train, val, mix, options)
+    probe = partial(measure_health, state.distiller) if args.log_kd_health else None
+    return Parts(teacher, step_teacher, state, train, val, mix, options, probe)
 
 
 def check_step(args: argparse.Namespace, distiller: Distiller, teacher: FrozenTeacher | None,
@@ -400,7 +411,7 @@ def train(args: argparse.Namespace, parts: Parts, schedule: Callable, folder: Pa
         means = engine.train_one_epoch(
             state, parts.train, parts.step_teacher, parts.mix, schedule, options=parts.options,
             steps_per_epoch=args.steps_per_epoch, print_every=args.print_every,
-            after_update=after_update)
+            after_update=after_update, probe=parts.probe)
         if means is None:
             say(f"stopped on request at update {state.step:,}; everything is in {folder}. The same "
                 "command continues it.")

@@ -91,7 +91,7 @@ def draw(rows: Sequence[Row], labels: Sequence[str], keys: Sequence[str]) -> "Fi
     return figure
 
 
-def main(argv: list[str] | None = None) -> int:
+def build_parser() -> Parser:
     parser = Parser(prog="analysis.curves", description=__doc__.split("\n")[0])
     flag = parser.add_argument
     flag("runs", nargs="+", type=Path, help="run folders")
@@ -100,9 +100,12 @@ def main(argv: list[str] | None = None) -> int:
     flag("--out", type=Path, default=Path("curves"), metavar="NAME", help="for NAME.png, NAME.csv")
     flag("--overwrite", action=argparse.BooleanOptionalAction, default=False,
          help="replace these files")
+    return parser
 
+
+def main(argv: list[str] | None = None) -> int:
     def program() -> int:
-        args: argparse.Namespace = parser.parse(sys.argv[1:] if argv is None else argv)
+        args: argparse.Namespace = build_parser().parse(sys.argv[1:] if argv is None else argv)
         found, left_out = read_runs(args.runs)
         for reason in left_out:
             say(f"left out: {reason}")

@@ -26,10 +26,14 @@ class Distiller(nn.Module):
         student = self.student.forward_with_features(images)
         if isinstance(teacher, PendingOutput):
             teacher = teacher.wait()
-        with torch.autocast(images.device.type, enabled=False):
-            terms = {name: loss(student, teacher, targets) for name, loss in self.losses.items()}
-            total = sum(self.weights[name] * term for name, term in terms.items())
-        return total, terms
+        terms = self.terms(student, teacher, targets)
+        return sum(self.weights[name] * term for name, term in terms.items()), terms
+
+    def terms(self, student: ModelOutput, teacher: ModelOutput | None,
+              targets: Tensor) -> dict[str, Tensor]:
+        """Each raw loss under its name, in float32 whatever the caller's autocast."""
+        with torch.autocast(student.logits.device.type, enabled=False):
+            return {name: loss(student, teacher, targets) for name, loss in self.losses.items()}
 
     @torch.no_grad()
     def check(self, images: Tensor, targets: Tensor, teacher: nn.Module | None) -> None:

@@ -5,32 +5,37 @@
 # Expected:    the table in README.md
 #
 #     DATA=path/to/imagenette128 bash run_scripts/imagenette128.sh
-#     SEEDS="0 1 2" repeats both students with three seeds (the teacher is trained once)
+#     SEEDS="0 1 2" repeats the students with three seeds (each teacher is trained once)
+#     TEACHERS="swin_nano slak_nano:layer_scale_init=0" other teachers; a colon before each option
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
+source run_scripts/launch.sh
 DATA=${DATA:?set DATA to a folder that holds train/ and val/}
 RUNS=${RUNS:-runs/imagenette128}
 SEEDS=${SEEDS:-0}
-NPROC=${NPROC:-1}
+GPUS=${NPROC:-1}  # processes, on a CPU too
 
-TEACHER=(slak_nano kernel_size=31,15,7,3,5 layer_scale_init=0)
-STUDENT=(convnext_bn_nano depths=1,1,2,1 dims=20,40,80,160 layer_scale_init=0)
+TEACHERS=${TEACHERS:-slak_nano:kernel_size=31,15,7,3,5:layer_scale_init=0}
+STUDENT="convnext_bn_nano depths=1,1,2,1 dims=20,40,80,160 layer_scale_init=0"
 TEACHER_EPOCHS=12
 EPOCHS=8
-LOSS=(--loss nkd)
+LOSS=nkd
 
 train() {
-    "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$NPROC" train_kd.py \
-        --config run_scripts/recipes/imagenette128.yaml --data-path "$DATA" \
+    launch train_kd.py --config run_scripts/recipes/imagenette128.yaml --data-path "$DATA" \
         --output-dir "$RUNS" "$@"
 }
 
-train --teacher none --student "${TEACHER[@]}" --epochs $TEACHER_EPOCHS "$@"
-teacher_folder=$RUNS/$("$PYTHON" -c 'import sys; from utils.run_folder import run_name
-print(run_name(["none"], sys.argv[2:], [["ce"]], int(sys.argv[1]), 0))' "$TEACHER_EPOCHS" "${TEACHER[@]}")
 for seed in $SEEDS; do
-    train --teacher none --student "${STUDENT[@]}" --epochs $EPOCHS --seed "$seed" "$@"
-    train --teacher "${TEACHER[@]}" --teacher-weights "$teacher_folder/checkpoint-last.pth" \
-        --student "${STUDENT[@]}" "${LOSS[@]}" --epochs $EPOCHS --seed "$seed" "$@"
+    train --teacher none --student $STUDENT --epochs $EPOCHS --seed "$seed" "$@"
+done
+for teacher in $TEACHERS; do
+    teacher=${teacher//:/ }
+    train --teacher none --student $teacher --epochs $TEACHER_EPOCHS "$@"
+    weights=$(checkpoints_of none "$teacher" ce $TEACHER_EPOCHS 0)
+    for seed in $SEEDS; do
+        train --teacher $teacher --teacher-weights "$weights" --student $STUDENT --loss $LOSS \
+            --epochs $EPOCHS --seed "$seed" "$@"
+    done
 done
 "$PYTHON" -m analysis.report "$RUNS"/*

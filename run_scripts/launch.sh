@@ -18,7 +18,7 @@
 # Words after a script's name reach every training, last: --dry-run shows what each one would cost.
 
 # Paths are the caller's, whose folder setup.sh has left.
-for name in WEIGHTS STUDENT_WEIGHTS; do
+for name in WEIGHTS STUDENT_WEIGHTS SETS; do
     value=${!name:-}
     if [[ -n "$value" && "$value" != /* && "$value" != *://* &&
           ( "$value" == */* || -e "$OLDPWD/$value" ) ]]; then
@@ -68,4 +68,11 @@ needs_file() {
 loss_flags() {
     local flags="--loss ${1//+/ --loss }"
     echo "${flags//:/ }"
+}
+
+# The last checkpoints of trainings below $RUNS, a line each: teacher, student, loss (a name and its
+# options in one word), epochs, seeds.
+checkpoints_of() {
+    "$PYTHON" -m utils.run_name "$@" |
+        while read -r name; do echo "$RUNS/$name/checkpoint-last.pth"; done
 }

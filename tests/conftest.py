@@ -8,6 +8,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+torch.set_num_threads(1)  # before fixtures of a whole file begin
 FIXTURES = Path(__file__).parent / "fixtures"
 
 

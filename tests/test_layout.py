@@ -232,9 +232,9 @@ def test_no_path_of_one_machine():
 
 
 @pytest.mark.parametrize("package, helpers", [
-    ("models", {"banded", "base", "distiller", "large_kernel", "layers", "library_conv", "names",
-                "recognise", "sparse_init", "sparsity", "teacher", "trained", "triton_device",
-                "triton_kernels", "weights"}), ("losses", {"base"})])
+    ("models", {"banded", "base", "distiller", "health", "large_kernel", "layers", "library_conv",
+                "names", "recognise", "sparse_init", "sparsity", "teacher", "trained",
+                "triton_device", "triton_kernels", "weights"}), ("losses", {"base"})])
 def test_everything_is_registered_by_an_import(package, helpers):
     """Helpers register nothing; any other file is a model or loss and must be imported."""
     names = {path.stem for path in (ROOT / package).glob("*.py")} - {"__init__"} - helpers

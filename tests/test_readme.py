@@ -8,6 +8,7 @@ import torch
 import eval as evaluation
 import models
 import train_kd
+from analysis import curves, erf, similarity
 from analysis.complexity import table
 from losses.base import LOSSES, create_loss
 from models.base import MODELS
@@ -38,22 +39,25 @@ def test_the_example_model_and_loss_work(monkeypatch):
     assert student.head.weight.grad.abs().sum() > 0
 
 
+PROGRAMS = {"train_kd.py": train_kd, "eval.py": evaluation, "analysis.erf": erf,
+            "analysis.similarity": similarity, "analysis.curves": curves}
+
+
 def test_the_commands_parse():
-    """Every command line of the two programs, with its flags and names."""
-    seen = 0
+    """Every command line of these programs, with its flags and names."""
+    seen = []
     for block in code_blocks("bash"):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
-            for program, parser in (("train_kd.py", train_kd.build_parser()),
-                                    ("eval.py", evaluation.build_parser())):
+            for program, module in PROGRAMS.items():
                 if program in words:
                     words = words[:words.index("||")] if "||" in words else words
-                    args = parser.parse(words[words.index(program) + 1:])
+                    args = module.build_parser().parse(words[words.index(program) + 1:])
                     for name in ("teacher", "student", "model"):
                         spec = getattr(args, name, None)
                         assert not spec or spec[0] in [*models.list_models(), "none"]
-                    seen += 1
-    assert seen >= 6
+                    seen.append(program)
+    assert len(seen) >= 10 and {*seen} == PROGRAMS.keys()
 
 
 def test_the_table_of_models_is_what_the_command_prints():

@@ -15,20 +15,25 @@ from pathlib import Path
 import pytest
 import torch
 
+import eval as evaluation
 import train_kd
+from analysis.erf import build_parser as erf_parser
+from data.datasets import DATASETS
 from losses import create_losses
 from models import VisionModel, create_model
+from models.weights import published_source
 from utils import config
 from utils.batch import settle_batch
 from utils.registry import parse_spec
-from utils.run_folder import FREE_ON_RESUME, run_name
+from utils.run_folder import FREE_ON_RESUME
+from utils.run_name import run_name
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "run_scripts").glob("*.sh"))
 SOURCED = ("setup.sh", "launch.sh")
 RUNNABLE = [path for path in SCRIPTS if path.name not in SOURCED]
 NAMES = dict(ids=lambda path: path.name)
-TRAINING = re.compile(r"\btrain_kd\.py\b|\beval\.py\b|^train ")
+TRAINING = re.compile(r"\btrain_kd\.py\b|\beval\.py\b|^train |\bbash run_scripts/")
 
 
 def bash(command: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
@@ -188,7 +193,7 @@ def test_scripts_pass_their_words_on(path):
 def test_training_scripts_set_up_and_take_paths_from_the_environment(path):
     lines = joined_lines(path)
     assert any("setup.sh" in line and line.startswith("source ") for line in lines)
-    starts = [line for line in lines if "train_kd.py" in line]
+    starts = [line for line in lines if "train_kd.py" in line or "eval.py" in line]
     launched = [line for line in starts if line.startswith("launch ")]
     assert all("$PYTHON" in line for line in starts if line not in launched)
     assert not launched or "source run_scripts/launch.sh" in lines
@@ -201,7 +206,7 @@ def test_training_scripts_set_up_and_take_paths_from_the_environment(path):
 RECORDING = """#!/usr/bin/env bash
 # In place of Python: notes what would be trained; everything else is done.
 if [[ " $* " == *" train_kd.py "* ]]; then printf '%s\\n' "$*" >> "$ASKED"
-elif [[ " $* " == *" analysis.report "* ]]; then exit 0
+elif [[ " $* " == *" -m analysis."* ]]; then exit 0
 else exec "$REAL" "$@"; fi
 """
 
@@ -239,7 +244,8 @@ def trainings(path: Path, folder: Path, *words: str, **environment: str
 
 
 ARGUMENTS = {"train_slak_t_120ep.sh": ["31"], "train_convnext_120ep.sh": ["t"]}
-EXPERIMENTS = [path for path in RUNNABLE if any(map(TRAINING.search, joined_lines(path)))]
+EXPERIMENTS = [path for path in RUNNABLE if any(
+    TRAINING.search(line) and "eval.py" not in line for line in joined_lines(path))]
 ON_IMAGENET = [path for path in EXPERIMENTS if "recipes/imagenet.yaml" in path.read_text()]
 
 
@@ -627,6 +633,35 @@ def test_a_signal_reaches_the_training_and_ends_the_loop(number, tmp_path):
     process.communicate(timeout=30)
     assert process.returncode == 143
     assert asked.read_text().split() == ["started", "saved"]
+
+
+RECORDING_ALL = """#!/usr/bin/env bash
+case " $* " in *" eval.py "* | *" -m analysis.erf "*) printf '%s\\n' "$*" >> "$ASKED" ;;
+*) exec "$REAL" "$@" ;; esac
+"""
+
+
+@pytest.mark.parametrize("name, parser, number", [
+    ("robustness.sh", evaluation.build_parser, 3 * 6), ("receptive_fields.sh", erf_parser, 1)])
+def test_what_scripts_evaluate(name, parser, number, tmp_path):
+    """Their words are known to the program, their data sets and models exist."""
+    fake, asked = tmp_path / "python", tmp_path / "asked"
+    fake.write_text(RECORDING_ALL)
+    fake.chmod(0o755)
+    result = bash(shlex.join(["bash", str(script(name))]), ROOT, L2S_PYTHON=str(fake),
+                  ASKED=str(asked), REAL=sys.executable, DATA=str(tmp_path), SETS=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    lines = asked.read_text().splitlines()
+    assert len({*lines}) == number
+    for line in lines:
+        words = shlex.split(line)
+        run = parser().parse(words[1 + max(words.index(word) for word in (
+            "eval.py", "analysis.erf") if word in words):])
+        models = run.model if isinstance(run.model[0], list) else [run.model]
+        assert all(published_source(model[0]) for model in models)
+        if name == "robustness.sh":
+            assert run.data_set[0] in DATASETS.names()
+            assert run.data_path == str(tmp_path / run.data_set[0])
 
 
 def test_the_checks_can_fail(tmp_path):

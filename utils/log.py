@@ -1,5 +1,6 @@
 """What a run says while it runs: progress, one JSON object per epoch, TensorBoard."""
 import json
+import math
 import resource
 import sys
 from pathlib import Path
@@ -51,9 +52,12 @@ class RunLog:
             self.writer = summary_writer_class()(str(folder / "tensorboard"))
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append a record; an epoch that is repeated after a resume replaces its old line."""
+        """Append a record; an epoch that is repeated after a resume replaces its old line. What is
+        NaN or infinite becomes null: JSON has no such numbers."""
         if not is_main():
             return
+        record = {key: None if isinstance(value, float) and not math.isfinite(value) else value
+                  for key, value in record.items()}
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         kept = [line for line in lines if json.loads(line)["epoch"] < record["epoch"]]
         write_text_atomically("\n".join([*kept, json.dumps(record)]) + "\n", self.path)

@@ -16,15 +16,17 @@ class Meter:
         self.counts: dict[str, Tensor] = {}
         self.failed_at: dict[str, Tensor] = {}  # first update with a NaN or infinity, else inf
 
-    def add(self, values: dict[str, Tensor], step: int) -> None:
-        """Count a value each, unless it is not finite: then its step is remembered."""
+    def add(self, values: dict[str, Tensor], step: int, *, may_be_missing: bool = False) -> None:
+        """Count a value each, unless it is not finite: then its step is remembered, as that of a
+        failure, or, where it may be missing, nothing is."""
         for name, value in values.items():
             value = value.detach().double()
             is_good = value.isfinite()
-            failed_at = torch.where(is_good, math.inf, float(step))
             self.sums[name] = self.sums.get(name, 0) + torch.where(is_good, value, 0)
             self.counts[name] = self.counts.get(name, 0) + is_good.double()
-            self.failed_at[name] = torch.minimum(self.failed_at.get(name, failed_at), failed_at)
+            if not may_be_missing:
+                failed_at = torch.where(is_good, math.inf, float(step))
+                self.failed_at[name] = torch.minimum(self.failed_at.get(name, failed_at), failed_at)
 
     def failures(self) -> list[tuple[float, str]]:
         """First step and name of whatever was not finite, on any process, the earliest first."""

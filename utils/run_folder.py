@@ -1,5 +1,4 @@
-"""The folder of a run: its name, what a start may continue, and what it must not touch."""
-import re
+"""The folder of a run: what a start may continue, and what it must not touch."""
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +14,8 @@ FREE_ON_RESUME = frozenset({
     "config", "output_dir", "resume", "auto_resume", "device", "num_workers", "print_every",
     "save_freq", "save_num", "save_every_steps", "tensorboard", "skip_bad_images", "data_path",
     "student_weights", "student_weights_key", "compile", "channels_last", "batch_size",
-    "accum_steps", "world_size", "git", "dry_run", "large_kernel", "teacher_stream"})
-
-
-def run_name(teacher: list[str], student: list[str], losses: list[list[str]], epochs: int,
-             seed: int, sparsity: float = 0.0) -> str:
-    """teacher-student-loss-epochs, each with the options given to it; after the student its
-    sparsity unless 0, at the end the seed unless 0."""
-    words = [teacher, student, [word for loss in losses for word in loss]]
-    parts = ["_".join(part) for part in words] + [f"{epochs}ep"] + [f"seed{seed}"] * (seed != 0)
-    parts[1] += f"_sparsity{sparsity:g}" * (sparsity != 0)
-    return re.sub(r"[^\w.-]+", ".", "-".join(parts).replace("=", ""))
+    "accum_steps", "world_size", "git", "dry_run", "large_kernel", "teacher_stream",
+    "log_kd_health"})
 
 
 # What a run starts from:

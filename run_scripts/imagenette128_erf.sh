@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# What a large-kernel teacher and a Transformer leave in the same small student, on Imagenette at
+# 128 px: receptive fields beside untrained controls, similarity to the teacher, curves.
+# Paper table: none (its question of receptive fields, on real pictures without ImageNet)
+# Hardware:    CPU; what imagenette128.sh takes for two teachers and three students a seed, then
+#              about 10 minutes of measuring for three seeds on one core
+# Expected:    the tables and the picture in README.md
+#
+#     DATA=path/to/imagenette128 SEEDS="0 1 2" bash run_scripts/imagenette128_erf.sh
+#
+# 512 px are to 128 px of training about what the published 1024 are to 224.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
+source run_scripts/launch.sh
+DATA=${DATA:?set DATA to a folder that holds train/ and val/}
+RUNS=${RUNS:-runs/imagenette128}  # defaults as in imagenette128.sh, which sees the same environment
+SEEDS=${SEEDS:-0}
+OUT=${OUT:-$RUNS-erf}
+
+SLAK="slak_nano kernel_size=31,15,7,3,5 layer_scale_init=0"
+SWIN=swin_nano
+STUDENT="convnext_bn_nano depths=1,1,2,1 dims=20,40,80,160 layer_scale_init=0"
+
+TEACHERS="${SLAK// /:} $SWIN" bash run_scripts/imagenette128.sh "$@"
+
+slak=$(checkpoints_of none "$SLAK" ce 12 0)
+swin=$(checkpoints_of none "$SWIN" ce 12 0)
+students=()
+while read -r checkpoint; do students+=("$checkpoint"); done < <(
+    checkpoints_of none "$STUDENT" ce 8 $SEEDS
+    checkpoints_of "$SLAK" "$STUDENT" nkd 8 $SEEDS
+    checkpoints_of "$SWIN" "$STUDENT" nkd 8 $SEEDS)
+labels=()
+for label in "student alone" "student of SLaK" "student of Swin"; do
+    for seed in $SEEDS; do labels+=("$label"); done
+done
+
+common=(--data-path "$DATA" --num-workers 0 --overwrite)
+"$PYTHON" -m analysis.erf --checkpoint "$slak" "$swin" "${students[@]}" --size 512 --spread \
+    --labels "SLaK teacher" "Swin teacher" "${labels[@]}" --out "$OUT/erf" "${common[@]}"
+for teacher in slak swin; do
+    "$PYTHON" -m analysis.similarity --checkpoint "${!teacher}" "${students[@]}" \
+        --labels "$teacher teacher" "${labels[@]}" --out "$OUT/$teacher" "${common[@]}"
+done
+"$PYTHON" -m analysis.curves "$RUNS"/* --out "$OUT/curves" --overwrite
