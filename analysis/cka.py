@@ -2,7 +2,7 @@
 
 Kornblith et al. 2019 (arXiv 1905.00414) with the unbiased estimator of HSIC of Song et al. 2012
 (JMLR 13), summed over minibatches as in Nguyen et al. 2021 (arXiv 2010.15327): the result does not
-depend on the size of the batches but for its noise.
+depend on the size of the batches but for its noise, as long as each batch is drawn at random.
 """
 from collections.abc import Sequence
 

@@ -6,12 +6,18 @@
 import argparse
 import math
 import sys
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from analysis.output import NO_PICTURES, csv_text, figure_class, new_files, save_figure
+from analysis.output import (
+    NO_PICTURES,
+    csv_text,
+    figure_class,
+    in_lines,
+    new_files,
+    save_figure,
+)
 from analysis.runs import Run, read_runs
 from analysis.subjects import told_apart
 from utils.checkpoint import write_text_atomically
@@ -68,7 +74,7 @@ def draw(rows: Sequence[Row], labels: Sequence[str], keys: Sequence[str]) -> "Fi
     """A panel for each key, a line for each run that has it."""
     columns = min(PANELS_PER_ROW, len(keys))
     lines = -(-len(keys) // columns)
-    legend = [textwrap.fill(label, 70) for label in labels]
+    legend = [in_lines(label, 70) for label in labels]
     height = 2.9 * lines + 0.25 * sum(1 + text.count("\n") for text in legend) + 0.3
     figure = figure_class()(figsize=(max(6, 4.2 * columns), height), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False)
@@ -113,7 +119,8 @@ def main(argv: list[str] | None = None) -> int:
         if len(set(names)) != len(found):
             raise UserError(f"--labels needs {len(found)} different names, one for each run that "
                             f"could be read; got {', '.join(names)}.")
-        picture, table = (args.out.with_name(args.out.name + end) for end in (".png", ".csv"))
+        base = args.out.with_suffix("") if args.out.suffix in (".png", ".csv") else args.out
+        picture, table = (base.with_name(base.name + end) for end in (".png", ".csv"))
         new_files([picture, table], args.overwrite)
         runs = dict(zip(names, found))
         keys = chosen_keys(found, args.also)

@@ -35,6 +35,7 @@ from analysis.subjects import (
     add_subject_flags,
     by_group,
     check_common,
+    check_fits,
     load_subjects,
     select,
     told_apart,
@@ -77,6 +78,10 @@ def controls(subjects: Sequence[Subject], seed: int) -> list[Subject]:
     networks = dict.fromkeys(key[:2] for key in keys)
     names = dict(zip(networks, told_apart([f"{words[0]}, untrained" for words, _ in networks])))
     groups = [names[key[:2]] for key in keys]
+    taken = {subject.group for subject in subjects} & {*groups}
+    if taken:
+        raise UserError(f"--labels: {min(taken)!r} is what the control is called; choose another "
+                        "name, or --no-control.")
     found = []
     for (words, num_classes, seed_), label, group in zip(keys, told_apart(groups), groups):
         name, options = parse_spec(list(words), "--model")
@@ -88,14 +93,11 @@ def controls(subjects: Sequence[Subject], seed: int) -> list[Subject]:
 
 def check_sizes(subjects: Sequence[Subject], size: int) -> None:
     for subject in subjects:
-        smallest = subject.model.feature_info[-1].stride
         if subject.model.input_size not in (None, size):
             raise UserError(f"{subject.label} takes {subject.model.input_size} px only. Measure "
                             f"all networks there, with --size {subject.model.input_size}: extents "
                             "at different sizes cannot be compared.")
-        if size < smallest:
-            raise UserError(f"--size {size} is below one cell of {subject.label}'s last map, "
-                            f"{smallest} px.")
+    check_fits(subjects, size, "--size")
 
 
 def measure_network(subject: Subject, loader: data.Loader, device: torch.device) -> Field:
@@ -152,9 +154,11 @@ def run(subjects: Sequence[Subject], matrices: Sequence[tuple[str, np.ndarray]],
     save_tables(text, rows, out / "erf")
     say(text)
     if figure_class() is None:
-        return say(NO_PICTURES + f" Afterwards: python -m analysis.erf --matrix {out}/*.npy")
-    firsts = {group: found[0].contribution for group, found in by_group(fields, groups).items()}
-    save_figure(draw(firsts), out / "erf.png")
+        return say(f"{NO_PICTURES} Afterwards: python -m analysis.erf --matrix {out}/*.npy "
+                   f"--out {out}-picture")
+    panels = {group if len(found) == 1 else f"{group}, first of {len(found)}":
+              found[0].contribution for group, found in by_group(fields, groups).items()}
+    save_figure(draw(panels), out / "erf.png")
     say(f"maps, table and picture are in {out}")
 
 
@@ -166,7 +170,8 @@ def main(argv: list[str] | None = None) -> int:
                       "--batch-size": (args.batch_size, 1), "--num-workers": (args.num_workers, 0)})
         subjects = load_subjects(
             args.checkpoint, args.model, args.weights, weights_key=args.weights_key,
-            num_classes=args.num_classes, labels=args.labels, others=len(args.matrix))
+            num_classes=args.num_classes, labels=args.labels, seed=args.seed,
+            others=len(args.matrix))
         if not subjects and not args.matrix:
             raise UserError("nothing to measure: give --checkpoint FILES, --model NAME with "
                             "--weights SOURCE, or --matrix FILES.")

@@ -1,11 +1,10 @@
 """How fields are shown: the table of extents and the heat maps."""
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from analysis.output import figure_class, markdown_table
+from analysis.output import figure_class, in_lines, markdown_table
 from analysis.receptive_field import SCALES, THRESHOLDS, Field, extents
 from analysis.subjects import by_group
 
@@ -14,9 +13,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DEFINITIONS = """\
-- side: of the smallest centred square with more than the share t of the mean map, in pixels; +- the
-  sample standard deviation of the sides of the single images' maps. area: that square's share of
-  the map. Extents at different sizes cannot be compared.
+- side: of the smallest centred square with more than the share t of the mean map, in pixels. area:
+  that square's share of the map. +-: sample standard deviation over the single images' own squares.
+  Extents at different sizes cannot be compared.
+- centred, as published, at the pixel (H // 2, W // 2): with an even number of cells in the last map
+  that is a corner of the cell whose field is measured, which adds about a cell to small sides.
 - log: of log10(1 + map), as published; depends on how large a network's gradients are.
   linear: of the map itself; does not."""
 
@@ -76,11 +77,14 @@ def report(rows: Sequence[Row], spread: bool) -> str:
 
 def network_line(rows: Sequence[Row]) -> list[str]:
     """`rows`: a network's at one scale, a threshold each."""
-    sides = [f"{row.side}" + ("" if row.image_side_std is None else f" +- {row.image_side_std:.0f}")
-             for row in rows]
     images = "-" if rows[0].images is None else str(rows[0].images)
-    return [rows[0].network, rows[0].scale, rows[0].size, images, *sides,
-            *(f"{row.area:.2%}" for row in rows)]
+    cells = [with_spread(f"{row.side}", row.image_side_std, "{:.0f}") for row in rows]
+    cells += [with_spread(f"{row.area:.2%}", row.image_area_std, "{:.2%}") for row in rows]
+    return [rows[0].network, rows[0].scale, rows[0].size, images, *cells]
+
+
+def with_spread(value: str, std: float | None, form: str) -> str:
+    return value if std is None else f"{value} +- {form.format(std)}"
 
 
 def group_line(networks: Sequence[Sequence[Row]]) -> list[str]:
@@ -113,7 +117,7 @@ def draw(maps: Mapping[str, np.ndarray]) -> "Figure":
     norm = LogNorm(SMALLEST_SHOWN, 1)
     for axis, (label, map_) in zip(axes.flat, maps.items()):
         image = axis.imshow(np.maximum(map_ / map_.max(), SMALLEST_SHOWN), norm=norm, cmap="magma")
-        axis.set_title(textwrap.fill(f"{label}, {map_.shape[0]} px", 30), fontsize=9)
+        axis.set_title(in_lines(f"{label}, {map_.shape[0]} px", 30), fontsize=9)
         axis.set_axis_off()
         draw_squares(axis, map_)
     for axis in axes.flat[len(maps):]:

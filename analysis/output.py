@@ -2,6 +2,7 @@
 import csv
 import io
 import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,9 +71,15 @@ def csv_text(rows: Sequence[Any], digits: int | None = None) -> str:
     return file.getvalue()
 
 
+def in_lines(label: str, width: int) -> str:
+    """`label` broken into lines, for a picture: no character of it is taken for mathematics."""
+    return textwrap.fill(label, width).replace("$", r"\$")
+
+
 def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]], num_words: int = 1) -> str:
-    """Cells as they are, the first `num_words` columns aligned left and the others right."""
-    lines = ["| " + " | ".join(cells) + " |" for cells in (heads, *rows)]
+    """The first `num_words` columns aligned left and the others right."""
+    lines = ["| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
+             for cells in (heads, *rows)]
     rule = ["---"] * num_words + ["---:"] * (len(heads) - num_words)
     return "\n".join([lines[0], f"|{'|'.join(rule)}|", *lines[1:]])
 

@@ -30,8 +30,10 @@ from analysis.subjects import (
     add_picture_flags,
     add_subject_flags,
     check_common,
+    check_fits,
     load_subjects,
     select,
+    shuffled,
     validation_pictures,
 )
 from models.base import IMAGENET_MEAN, IMAGENET_STD
@@ -81,7 +83,8 @@ def have_same_classes(first: Subject, other: Subject) -> bool:
 def compare(subjects: Sequence[Subject], loader: data.Loader, device: torch.device,
             batch_size: int) -> list[Pair]:
     """The first of `subjects` against each of the others. Every network gets the same pictures,
-    normalised and resized as its weights expect, as a teacher does."""
+    normalised as its weights expect and resized for those that take one size only, as a teacher
+    does. Raises UserError when too few of them could be read."""
     networks = [FrozenTeacher(subject.model, IMAGENET_MEAN, IMAGENET_STD).to(device)
                 for subject in subjects]
     stages = [len(subject.model.feature_info) for subject in subjects]
@@ -100,12 +103,15 @@ def compare(subjects: Sequence[Subject], loader: data.Loader, device: torch.devi
                 for sums, other in zip(predictions, others):
                     if sums is not None:
                         sums.add(first.logits, other.logits)
-            if len(images) == min(batch_size, loader.num_samples):
+            if len(images) == batch_size:
                 num_for_cka += len(images)
                 grams, *more = [[*map(gram, out.features)] for out in (first, *others)]
                 for alignment, other in zip(alignments, more):
                     alignment.add(grams, other)
             bar.update()
+    if not num_for_cka:
+        raise UserError(f"no batch of {batch_size} pictures without an unreadable one, of "
+                        f"{num_images} that could be read. Lower --batch-size or give more.")
     return [Pair(subjects[0], other, alignment.value(), sums and sums.means(), num_images,
                  num_for_cka)
             for other, alignment, sums in zip(subjects[1:], alignments, predictions)]
@@ -116,7 +122,7 @@ def run(subjects: Sequence[Subject], loader: data.Loader, *, device: torch.devic
     """Compare, print the tables, write everything below `out`."""
     with closing(loader):
         pairs = compare(subjects, loader, device, batch_size)
-    text = report(pairs, min(batch_size, loader.num_samples))
+    text = report(pairs, batch_size)
     save_tables(text, table_rows(pairs), out / "similarity")
     for number, pair in enumerate(pairs, 1):
         save_array(pair.cka, out / f"cka-{number}.npy")
@@ -152,25 +158,33 @@ def main(argv: list[str] | None = None) -> int:
         device = setup(args.device)
         check_common({"--batch-size": (args.batch_size, SMALLEST_BATCH), "--num-workers":
                       (args.num_workers, 0), **({"--images": (args.images, SMALLEST_BATCH)}
-                                                if args.images is not None else {})})
+                                                if args.images is not None else {}),
+                      **({"--input-size": (args.input_size, 1)}
+                         if args.input_size is not None else {})})
         subjects = load_subjects(args.checkpoint, args.model, args.weights, labels=args.labels,
-                                 weights_key=args.weights_key, num_classes=args.num_classes)
+                                 weights_key=args.weights_key, num_classes=args.num_classes, seed=0)
         if len(subjects) < 2:
             raise UserError(f"two networks at least are compared; got {len(subjects)}. Name more "
                             "with --checkpoint, or with --model and --weights.")
         first = subjects[0]
         size = args.input_size or first.settings.get("input_size") or first.model.input_size or (
             first.model.native_size or 224)
+        check_fits(subjects, size, "--input-size")
         crop_pct = args.crop_pct or first.settings.get("crop_pct")
         source = validation_pictures(args.data_set, args.data_path, subjects)
-        source = select(source, args.images or len(source), args.spread)
+        if len(source) < SMALLEST_BATCH:
+            raise UserError(f"CKA needs {SMALLEST_BATCH} validation pictures at least; there are "
+                            f"{len(source)}.")
+        source = shuffled(select(source, args.images or len(source), args.spread))
+        batch_size = min(args.batch_size, len(source))
         loader = data.eval_loader(
-            source, data.eval_transform(size, crop_pct=crop_pct), batch_size=args.batch_size,
+            source, data.eval_transform(size, crop_pct=crop_pct), batch_size=batch_size,
             num_workers=args.num_workers, skip_bad_images=args.skip_bad_images)
         names = [f"cka-{number}.npy" for number in range(1, len(subjects))]
         new_files([args.out / name for name in [*names, *(
             f"similarity.{end}" for end in ("md", "csv", "png"))]], args.overwrite)
-        run(subjects, loader, device=device, batch_size=args.batch_size, out=args.out)
+        say(f"{len(source):,} pictures at {size} px")
+        run(subjects, loader, device=device, batch_size=batch_size, out=args.out)
         return 0
 
     return run_program("analysis.similarity", program)

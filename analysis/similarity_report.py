@@ -1,11 +1,10 @@
 """How similarities are shown: tables of predictions and stages, and the heat maps."""
-import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from analysis.output import figure_class, markdown_table
+from analysis.output import figure_class, in_lines, markdown_table
 from analysis.subjects import Subject, by_group
 from models.base import FeatureInfo
 
@@ -16,8 +15,11 @@ DEFINITIONS = """\
 - agreement@k: mean share of the k most probable classes that both networks have in common.
 - KL: mean over the images, in nats, of sum p log(p / q); p of the first network named, q of the
   second.
-- CKA: linear, of the maps flattened per image, unbiased, over whole batches of {} images; 1 for
-  features equal up to rotation and scale, near 0 for independent ones."""
+- CKA: linear, of the maps flattened per image, unbiased, over whole batches of {} images in
+  random order; 1 for features equal up to rotation and scale, near 0 for independent ones."""
+
+
+PANELS_PER_ROW = 3
 
 
 class Pair(NamedTuple):
@@ -103,10 +105,12 @@ def describe_stage(info: FeatureInfo) -> str:
 def draw(pairs: Sequence[Pair]) -> "Figure":
     """A panel for each group of pairs on one scale from 0 to 1, the mean values in the cells."""
     groups = grouped(pairs)
+    columns = min(PANELS_PER_ROW, len(groups))
+    rows = -(-len(groups) // columns)
     height, width = np.max([pair.cka.shape for pair in pairs], axis=0)
-    size = (max(5, (1.6 + 0.75 * width) * len(groups) + 1), 2 + 0.6 * height)
+    size = (max(5, (1.6 + 0.75 * width) * columns + 1), (1.6 + 0.6 * height) * rows + 0.4)
     figure = figure_class()(figsize=size, layout="constrained")
-    axes = figure.subplots(1, len(groups), squeeze=False)
+    axes = figure.subplots(rows, columns, squeeze=False)
     for axis, (group, found) in zip(axes.flat, groups.items()):
         cka = mean_cka(found)
         image = axis.imshow(cka, vmin=0, vmax=1, cmap="viridis")
@@ -119,6 +123,8 @@ def draw(pairs: Sequence[Pair]) -> "Figure":
                 (found[0].first.label, found[0].first, axis.set_yticks, axis.set_ylabel)):
             names = [describe_stage(info) for info in subject.model.feature_info]
             set_ticks(range(len(names)), names, fontsize=8)
-            set_label(textwrap.fill(label, 34), fontsize=9)
+            set_label(in_lines(label, 34), fontsize=9)
+    for axis in axes.flat[len(groups):]:
+        axis.set_visible(False)
     figure.colorbar(image, ax=axes, label="linear CKA")
     return figure

@@ -4,6 +4,7 @@ from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from PIL import Image
 
 import data
@@ -13,6 +14,7 @@ from utils.config import Parser
 from utils.distributed import world_size
 from utils.errors import UserError
 from utils.registry import parse_spec
+from utils.rng import fold_seed, generator
 
 
 class Subject(NamedTuple):
@@ -61,11 +63,21 @@ def check_common(smallest: dict[str, tuple[int, int]]) -> None:
                         "python -m.")
 
 
+def check_fits(subjects: Sequence[Subject], size: int, flag: str) -> None:
+    """Raises UserError where a network's last map would have no whole cell."""
+    for subject in subjects:
+        stride = subject.model.feature_info[-1].stride
+        if size < stride:
+            raise UserError(f"{flag} {size} is below one cell of {subject.label}'s last map, "
+                            f"{stride} px.")
+
+
 def load_subjects(checkpoints: Sequence[Path], models: Sequence[list[str]] | None,
                   weights: Sequence[str] | None, *, weights_key: str | None, num_classes: int,
-                  labels: Sequence[str] | None, others: int = 0) -> list[Subject]:
-    """The students of `checkpoints`, then each of `models` with its weights. `labels` may go on
-    with names for `others` things that are no networks; they are not used here."""
+                  labels: Sequence[str] | None, seed: int, others: int = 0) -> list[Subject]:
+    """The students of `checkpoints`, then each of `models` with its weights, random ones from
+    `seed`. `labels` may go on with names for `others` things that are no networks; they are not
+    used here."""
     models, weights = models or [], weights or []
     if len(models) != len(weights):
         raise UserError(f"each --model needs its --weights; got {len(models)} and {len(weights)}.")
@@ -74,11 +86,13 @@ def load_subjects(checkpoints: Sequence[Path], models: Sequence[list[str]] | Non
         raise UserError(f"--labels needs {total} names, one for each network; got {len(labels)}: "
                         f"{', '.join(labels)}.")
     subjects = []
-    for path in checkpoints:
+    folders = [path.absolute().parent.name for path in checkpoints]
+    for path, name in zip(checkpoints, folders):
         model, settings, classes = load_trained(path, weights_key)
-        name = path.absolute().parent.name
+        name += f" {path.stem}" if folders.count(name) > 1 else ""
         subjects.append(Subject(name, name, settings["student"], model, settings, classes))
     for words, source in zip(models, weights):
+        torch.manual_seed(fold_seed(seed, "student"))
         model = load_named(words, source, weights_key, num_classes)
         name = " ".join(words) + ("" if source == "published" else f", {Path(source).name}")
         subjects.append(Subject(name, name, words, model, {}))
@@ -120,6 +134,8 @@ def validation_pictures(data_set: list[str] | None, data_path: str | None,
     split = "val"
     if name == "imagefolder" and data_path and not (Path(data_path) / split).is_dir():
         folder = Path(data_path).absolute()
+        if (folder / "train").is_dir():
+            raise UserError(f"{folder} holds train/ but no val/, whose pictures are looked at.")
         split, data_path = folder.name, str(folder.parent)
     return data.create_dataset(name, split, data_path, **options)
 
@@ -140,9 +156,15 @@ class Selection:
         return self.source.name_of(self.indices[index])
 
 
-def select(source: data.ImageSource, number: int, spread: bool) -> data.ImageSource:
+def select(source: data.ImageSource, number: int, spread: bool) -> Selection:
     """The first `number` pictures, or as many at equal distances through all of them; all of them
     for a larger number."""
     number = min(number, len(source))
     step = len(source) / number if spread else 1
     return Selection(source, [int(i * step) for i in range(number)])
+
+
+def shuffled(selection: Selection) -> Selection:
+    """The same pictures in a fixed random order, so that a batch has those of many classes."""
+    order = torch.randperm(len(selection), generator=generator(0, "analysis"))
+    return Selection(selection.source, [selection.indices[i] for i in order.tolist()])

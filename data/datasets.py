@@ -148,8 +148,13 @@ def align(source: ImageSource, classes: list[str] | None, num_classes: int) -> N
     """Make the labels of `source` those of a model: by name where it can, else they are its own
     when there are as many. `classes`: as EvalSource has it."""
     if hasattr(source, "align"):
-        source.align(classes, num_classes)
-    elif len(source.classes) != num_classes:
+        return source.align(classes, num_classes)
+    if len(source.classes) != num_classes:
         raise UserError(f"the validation set has {len(source.classes)} classes, the model "
                         f"{num_classes}. Evaluate on the data set it was trained for (for "
                         "--weights of another number of classes, set --num-classes).")
+    others = [pair for pair in zip(source.classes, classes or source.classes) if pair[0] != pair[1]]
+    if others:
+        raise UserError(f"the validation set and the model have {num_classes} classes, but "
+                        f"{len(others)} of other names: {others[0][0]} in the set is {others[0][1]}"
+                        " in the model. Evaluate on the data set it was trained for.")

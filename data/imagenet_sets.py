@@ -219,8 +219,8 @@ def model_classes(classes: list[str] | None, num_classes: int) -> list[str]:
     wnids = imagenet_wnids()
     if not classes and num_classes != len(wnids):
         raise UserError(f"the model has {num_classes} classes and nothing says which (a model of "
-                        f"{len(wnids)} is taken for ImageNet's). Use --checkpoint with a file that "
-                        "train_kd.py wrote: it keeps their names.")
+                        f"{len(wnids)} is taken for ImageNet's). Use --checkpoint with a file of "
+                        "train_kd.py that has their names, as all have but the first ones.")
     return list(classes or wnids)
 
 

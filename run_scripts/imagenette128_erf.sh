@@ -8,7 +8,8 @@
 #
 #     DATA=path/to/imagenette128 SEEDS="0 1 2" bash run_scripts/imagenette128_erf.sh
 #
-# 512 px are to 128 px of training about what the published 1024 are to 224.
+# 480 px are to 128 px of training about what the published 1024 are to 224, and give an odd number of
+# cells, so that the squares have the cell that is measured in their middle.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
 source run_scripts/launch.sh
@@ -36,7 +37,7 @@ for label in "student alone" "student of SLaK" "student of Swin"; do
 done
 
 common=(--data-path "$DATA" --num-workers 0 --overwrite)
-"$PYTHON" -m analysis.erf --checkpoint "$slak" "$swin" "${students[@]}" --size 512 --spread \
+"$PYTHON" -m analysis.erf --checkpoint "$slak" "$swin" "${students[@]}" --size 480 --spread \
     --labels "SLaK teacher" "Swin teacher" "${labels[@]}" --out "$OUT/erf" "${common[@]}"
 for teacher in slak swin; do
     "$PYTHON" -m analysis.similarity --checkpoint "${!teacher}" "${students[@]}" \

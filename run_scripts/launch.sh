@@ -18,7 +18,7 @@
 # Words after a script's name reach every training, last: --dry-run shows what each one would cost.
 
 # Paths are the caller's, whose folder setup.sh has left.
-for name in WEIGHTS STUDENT_WEIGHTS SETS; do
+for name in WEIGHTS STUDENT_WEIGHTS SETS OUT; do
     value=${!name:-}
     if [[ -n "$value" && "$value" != /* && "$value" != *://* &&
           ( "$value" == */* || -e "$OLDPWD/$value" ) ]]; then

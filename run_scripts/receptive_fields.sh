@@ -10,7 +10,7 @@
 #     DATA=path/to/imagenet bash run_scripts/receptive_fields.sh
 #     DATA=path/to/imagenet bash run_scripts/receptive_fields.sh --batch-size 8 --device cuda
 #
-# A run of one's own: add --checkpoint runs/NAME/checkpoint-best.pth, and a label for it in front.
+# A run of one's own: add --checkpoint runs/NAME/checkpoint-best.pth.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
 source run_scripts/launch.sh

@@ -60,6 +60,8 @@ def test_more_keys_and_names(runs, tmp_path, capsys):
     assert main([*words, "--overwrite"]) == 0
     assert main([*runs, "--also", "agrement", "--out", out, "--overwrite"]) == 2
     assert "Did you mean 'agreement'?" in capsys.readouterr().err
+    assert main([*runs, "--out", str(tmp_path / "d.png")]) == 0  # a name, not a name's beginning
+    assert (tmp_path / "d.csv").exists() and not (tmp_path / "d.png.csv").exists()
     assert main([*runs, "--labels", "a", "--out", out, "--overwrite"]) == 2
     assert "--labels needs 2 different names" in capsys.readouterr().err
 

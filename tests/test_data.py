@@ -43,6 +43,16 @@ def ranks(monkeypatch, rank: int, world: int) -> None:
 # Samples
 
 
+def test_align_wants_the_models_classes():
+    source = type("Source", (), {"classes": ["cat", "dog"]})()
+    data.align(source, None, 2)
+    data.align(source, ["cat", "dog"], 2)
+    with pytest.raises(UserError, match="2 of other names: cat in the set is dog"):
+        data.align(source, ["dog", "cat"], 2)
+    with pytest.raises(UserError, match="has 2 classes, the model 3"):
+        data.align(source, None, 3)
+
+
 def test_a_sample_depends_on_seed_epoch_and_index_alone(source):
     samples = augmented(source)
     keys = [(epoch, index) for epoch in (0, 1) for index in (0, 1, 5)]

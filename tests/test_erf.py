@@ -1,5 +1,7 @@
 """Effective receptive fields: known answers, the published figures, and the command."""
 import csv
+import io
+import statistics
 
 import numpy as np
 import pytest
@@ -10,7 +12,8 @@ from torch import nn
 import models
 from analysis import output
 from analysis.erf import controls, main
-from analysis.receptive_field import THRESHOLDS, contributions, extents, measure
+from analysis.erf_report import draw, report, table_rows
+from analysis.receptive_field import THRESHOLDS, Field, contributions, extents, measure
 from analysis.subjects import Selection, Subject, select
 from models.base import FeatureInfo, ModelOutput, VisionModel
 from tests.helpers import fill_by_name, micro_slak
@@ -94,6 +97,43 @@ def test_extents_follow_the_definition(shape):
 def test_where_no_square_reaches_the_share_it_is_the_whole_map():
     (found,) = extents(np.ones((8, 8)), thresholds=[0.99])  # a side of 7 holds 49 / 64
     assert found == (8, 1.0)
+
+
+def test_a_square_holds_more_than_the_share():
+    map_ = np.ones((3, 3))
+    map_[1, 1] = 8  # the centre is exactly a half of all
+    assert [found.side for found in extents(map_, "linear", [0.49, 0.5])] == [1, 3]
+
+
+def test_the_spread_is_that_of_the_single_images():
+    sides = [3, 5, 9]
+    field = Field(np.ones((9, 9)), 3, 0, {scale: [[(side, side / 10)] * 4 for side in sides]
+                                          for scale in ("log", "linear")})
+    for row in table_rows("a", "a", field):
+        assert row.image_side_mean == pytest.approx(statistics.mean(sides))
+        assert row.image_side_std == pytest.approx(statistics.stdev(sides))
+        assert row.image_area_std == pytest.approx(statistics.stdev(sides) / 10)
+    assert "| 7 +- 3 | 9 +- 3 |" in report(table_rows("a", "a", field), spread=False)
+    assert "| 100.00% +- 30.55% |" in report(table_rows("a", "a", field), spread=False)
+
+
+def test_panels_share_one_scale_and_show_the_tables_squares():
+    pytest.importorskip("matplotlib")
+    map_ = np.exp(-np.hypot(*np.mgrid[-32:32, -32:32]) / 4)
+    maps = {"small": map_, "large |$\\foo$": 50 * map_, "third": map_ ** 2}
+    figure = draw(maps)
+    panels = [axis for axis in figure.axes if axis.images]
+    assert len(panels) == 3
+    for axis, (label, shown) in zip(panels, maps.items()):
+        (image,) = axis.images
+        assert (image.norm.vmin, image.norm.vmax) == (1e-3, 1)
+        assert type(image.norm).__name__ == "LogNorm"
+        assert image.get_array().max() == 1 and image.get_array().min() == 1e-3
+        assert axis.get_title().startswith(label.split()[0])
+        assert [patch.get_width() for patch in axis.patches] == [
+            found.side for found in extents(shown, "log")]
+    assert extents(50 * map_, "log") != extents(50 * map_, "linear")
+    figure.savefig(io.BytesIO())  # no character of a name is taken for mathematics
 
 
 def test_only_the_linear_extents_are_free_of_the_gradients_size():
@@ -272,8 +312,34 @@ def test_the_flags_matter(weights, tmp_path):
         out = tmp_path / str(number)
         assert main(command(weights[:1], out, *words.split())) == 0
         assert table(out) != base, words
+    averaged = torch.load(weights[1])
+    torch.save({"model": torch.load(weights[0]), "model_ema": averaged}, tmp_path / "both.pth")
+    both = command([tmp_path / "both.pth"], tmp_path / "ema", "--weights-key", "model_ema")
+    assert main(both) == 0
+    assert main(command(weights[1:], tmp_path / "second")) == 0
+    assert [row["side"] for row in table(tmp_path / "ema")] == [
+        row["side"] for row in table(tmp_path / "second")] != [row["side"] for row in base]
     assert main(command(weights[:1], tmp_path / "batch", "--batch-size", "3")) == 0
     assert table(tmp_path / "batch") == base
+
+
+def test_random_weights_are_those_of_the_seed(tmp_path):
+    words = ["--model", "convnext_bn_pico", "--weights", "random", "--num-classes", "10",
+             "--data-set", "outlines", "val_size=20", "--images", "2", "--size", "32",
+             "--num-workers", "0"]
+    for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
+        assert main([*words, "--seed", seed, "--out", str(tmp_path / name)]) == 0
+    assert table(tmp_path / "a") == table(tmp_path / "b") != table(tmp_path / "c")
+    (network, control) = [[row["side"] for row in table(tmp_path / "a")][part]
+                          for part in (slice(0, 8), slice(8, 16))]
+    assert network == control
+
+
+def test_a_label_that_is_the_controls(weights, tmp_path, capsys):
+    words = command(weights[:1], tmp_path / "erf", "--labels", "convnext_bn_pico, untrained")
+    assert main(words) == 2
+    assert "is what the control is called" in capsys.readouterr().err
+    assert main([*words, "--no-control"]) == 0
 
 
 def write_pictures(folder, number: int = 2) -> None:
@@ -297,6 +363,9 @@ def test_pictures_from_a_folder_with_val_or_the_folder_itself(weights, tmp_path,
     assert main([*words, "--data-path", str(tmp_path / "set"), "--out", str(tmp_path / "d"),
                  "--skip-bad-images"]) == 0
     assert table(tmp_path / "d")[0]["images"] == "2"
+    (tmp_path / "set" / "val").rename(tmp_path / "set" / "train")
+    assert main([*words, "--data-path", str(tmp_path / "set"), "--out", str(tmp_path / "e")]) == 2
+    assert "holds train/ but no val/" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words, telling", [

@@ -170,24 +170,95 @@ def test_other_classes_are_not_compared(weights, tmp_path, capsys):
     assert {row["quantity"] for row in table(tmp_path / "out")} == {"CKA"}
 
 
-def save_trained(name: str, num_classes: int, path) -> None:
+def save_trained(name: str, num_classes: int, path, called: str = "class", **changes) -> None:
     path.parent.mkdir()
+    torch.manual_seed(len(str(path)))
     model = models.create_model(name, num_classes)
     settings = {"student": [name], "num_classes": num_classes, "data_set": ["outlines"],
-                "input_size": 64, "crop_pct": None}
+                "input_size": 64, "crop_pct": None, **changes}
     torch.save({"model": model.state_dict(), "args": settings,
-                "classes": [f"class {i}" for i in range(num_classes)]}, path)
+                "classes": [f"{called} {i}" for i in range(num_classes)]}, path)
+
+
+def test_equal_numbers_of_other_classes_are_other_classes(tmp_path, capsys):
+    save_trained("slak_pico", 10, tmp_path / "one" / "checkpoint-last.pth")
+    save_trained("slak_pico", 10, tmp_path / "other" / "checkpoint-last.pth", "kind")
+    words = command([], tmp_path / "out", "--checkpoint", *(
+        str(tmp_path / name / "checkpoint-last.pth") for name in ("one", "other")))
+    assert main(words) == 0
+    assert "| one | other | 1 | 21 | - | - | - | - |" in capsys.readouterr().out
+
+
+def test_the_run_of_the_first_says_how_pictures_are_shown(tmp_path, capsys):
+    for name, size in (("one", 48), ("other", 64)):
+        save_trained("slak_pico", 10, tmp_path / name / "checkpoint-last.pth", input_size=size,
+                     crop_pct=0.5)
+    checkpoints = [str(tmp_path / name / "checkpoint-last.pth") for name in ("one", "other")]
+    words = ["--checkpoint", *checkpoints, "--data-set", "outlines", "val_size=21", "--batch-size",
+             "8", "--num-workers", "0"]
+    assert main([*words, "--out", str(tmp_path / "default")]) == 0
+    assert "21 pictures at 48 px" in capsys.readouterr().out
+    assert main([*words, "--input-size", "48", "--crop-pct", "0.5", "--out",
+                 str(tmp_path / "same")]) == 0
+    assert main([*words, "--crop-pct", "0.9", "--out", str(tmp_path / "crop")]) == 0
+    assert table(tmp_path / "default") == table(tmp_path / "same") != table(tmp_path / "crop")
+
+
+def test_every_network_gets_its_own_normalisation(tmp_path):
+    torch.manual_seed(0)
+    torch.save(models.create_model("vit_nano", 10).state_dict(), tmp_path / "vit.pth")
+    words = ["--num-classes", "10", "--data-set", "outlines", "val_size=8", "--batch-size", "8",
+             "--num-workers", "0", "--out", str(tmp_path / "out")]
+    for option in ("imagenet", "half"):
+        words += ["--model", "vit_nano", f"input_norm={option}", "--weights",
+                  str(tmp_path / "vit.pth")]
+    assert main(words) == 0
+    (value,) = [float(row["value"]) for row in table(tmp_path / "out") if row["quantity"] == "CKA"]
+    assert value < 0.9999
+
+
+def test_batches_are_of_many_classes(tmp_path, monkeypatch):
+    """The folders are sorted by class; CKA within a class would be another figure."""
+    seen = []
+    monkeypatch.setattr("analysis.similarity.run", lambda subjects, loader, **rest: seen.append(
+        loader.samples.source.indices))
+    words = ["--model", "slak_pico", "--weights", "random"] * 2
+    assert main([*words, "--num-classes", "10", "--data-set", "outlines", "val_size=90",
+                 "--input-size", "32", "--images", "64", "--out", str(tmp_path)]) == 0
+    assert sorted(seen[0]) == [*range(64)] and sum(index < 8 for index in seen[0][:8]) < 4
+
+
+def test_unreadable_pictures_are_left_out(weights, tmp_path, capsys):
+    for name in ("a", "b"):
+        (tmp_path / "val" / name).mkdir(parents=True)
+        for i in range(6):
+            pixels = np.random.RandomState(i).randint(0, 255, (20, 30, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "val" / name / f"{i}.png")
+    (tmp_path / "val" / "a" / "3.png").write_bytes(b"nothing")
+    words = command(weights, tmp_path / "out", "--data-path", str(tmp_path), "--skip-bad-images",
+                    "--batch-size", "4")
+    start = words.index("--data-set")
+    words[start + 1:start + 3] = ["imagefolder"]
+    assert main(words) == 0
+    rows = table(tmp_path / "out")
+    assert {row["images"] for row in rows if row["quantity"] == "CKA"} == {"8"}
+    assert {row["images"] for row in rows if row["quantity"] != "CKA"} == {"11"}
+    assert main([*words, "--batch-size", "12", "--overwrite"]) == 2
+    assert "no batch of 12 pictures without an unreadable one" in capsys.readouterr().err
+    assert main([*words, "--data-path", str(tmp_path / "val" / "a")]) == 2
 
 
 def test_the_flags_matter(weights, tmp_path):
     assert main(command(weights, tmp_path / "base")) == 0
     base = table(tmp_path / "base")
-    for number, words in enumerate(("--images 16", "--images 16 --spread", "--input-size 48",
-                                    "--crop-pct 0.5", "--batch-size 10")):
+    assert main(command(weights, tmp_path / "first", "--images", "16")) == 0
+    assert main(command(weights, tmp_path / "spread", "--images", "16", "--spread")) == 0
+    assert table(tmp_path / "first") != table(tmp_path / "spread")
+    for number, words in enumerate(("--images 16", "--input-size 48",
+                                    "--crop-pct 0.9", "--batch-size 10")):
         out = tmp_path / str(number)
         assert main(command(weights, out, *words.split())) == 0
         assert table(out) != base, words
-        base = table(out) if words == "--images 16" else base
     assert main(command(weights, tmp_path / "base")) == 2  # nothing is overwritten unasked
     assert main(command(weights, tmp_path / "base", "--overwrite")) == 0
 
@@ -196,6 +267,12 @@ def test_the_flags_matter(weights, tmp_path):
     ("--model slak_pico --weights random", "two networks at least are compared; got 1"),
     ("--batch-size 3", "--batch-size must be at least 4"),
     ("--images 2", "--images must be at least 4"),
+    ("--model slak_pico --weights random --model slak_pico --weights random --input-size 0",
+     "--input-size must be at least 1"),
+    ("--model slak_pico --weights random --model slak_t --weights random --input-size 16",
+     "--input-size 16 is below one cell of slak_t"),
+    ("--model slak_pico --weights random --model slak_pico --weights random --data-set outlines "
+     "val_size=3", "CKA needs 4 validation pictures at least; there are 3"),
     ("--num-workers -1", "--num-workers must be at least 0")])
 def test_wrong_words_get_a_sentence(tmp_path, capsys, words, telling):
     assert main([*words.split(), "--out", str(tmp_path / "out")]) == 2

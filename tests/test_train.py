@@ -15,6 +15,7 @@ import torch
 import engine
 import eval as evaluation
 import train_kd
+from data import create_dataset
 from utils.checkpoint import load_file
 
 REPOSITORY = Path(__file__).parent.parent
@@ -80,6 +81,7 @@ def test_a_run_leaves_what_design_promises(tmp_path, capsys):
     assert {"model", "model_ema", "optimizer", "scaler", "epoch", "step", "args", "losses",
             "best_acc1", "git"} <= saved.keys()
     assert saved["epoch"] == 2 and saved["step"] == 20
+    assert saved["classes"] == create_dataset("outlines", "val", None).classes
     assert not any(name.startswith("losses") for name in saved["model"])
     assert any(name.startswith("fd.projections") for name in saved["losses"])
     printed = capsys.readouterr().out
