@@ -9,6 +9,7 @@ from torch import nn
 
 import engine
 import losses
+from models.base import IMAGENET_MEAN, IMAGENET_STD
 from models.distiller import Distiller
 from models.slak import SLaK
 from models.teacher import FrozenTeacher
@@ -81,3 +82,15 @@ def make_state(student: nn.Module, loss_specs: dict[str, dict], teacher: FrozenT
 
 def no_mix(images: torch.Tensor, labels: torch.Tensor, seed: int) -> tuple:
     return images, labels
+
+
+def make_batches(number: int, size: int = 4, pixels: int = 64) -> list[tuple]:
+    """What a loader gives, seeded."""
+    rng = torch.Generator().manual_seed(1)
+    return [(torch.randn(size, 3, pixels, pixels, generator=rng),
+             torch.randint(0, 10, (size,), generator=rng), torch.arange(size))
+            for _ in range(number)]
+
+
+def make_teacher() -> FrozenTeacher:
+    return FrozenTeacher(fill_by_name(micro_slak()), IMAGENET_MEAN, IMAGENET_STD)

@@ -15,8 +15,10 @@ from models.distiller import Distiller
 from models.teacher import FrozenTeacher, OnOwnStream
 from tests.helpers import (
     fill_by_name,
+    make_batches,
     make_options,
     make_state,
+    make_teacher,
     micro_convnext_bn,
     micro_slak,
     no_mix,
@@ -24,17 +26,6 @@ from tests.helpers import (
 from utils.errors import NonFiniteLoss
 
 PRECISIONS = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def make_batches(number: int, size: int = 4) -> list[tuple]:
-    rng = torch.Generator().manual_seed(1)
-    return [(torch.randn(size, 3, 64, 64, generator=rng),
-             torch.randint(0, 10, (size,), generator=rng), torch.arange(size))
-            for _ in range(number)]
-
-
-def make_teacher() -> FrozenTeacher:
-    return FrozenTeacher(fill_by_name(micro_slak()), IMAGENET_MEAN, IMAGENET_STD)
 
 
 def take_steps(state, teacher, batches, options) -> None:

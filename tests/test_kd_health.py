@@ -12,16 +12,16 @@ import engine
 import losses
 import train_kd
 from models import ModelOutput
-from models.base import IMAGENET_MEAN, IMAGENET_STD
 from models.distiller import Distiller
 from models.health import buffers_kept, gradient_shares, measure_health
-from models.teacher import FrozenTeacher, PendingOutput
+from models.teacher import PendingOutput
 from tests.helpers import (
     fill_by_name,
+    make_batches,
     make_options,
     make_state,
+    make_teacher,
     micro_convnext_bn,
-    micro_slak,
     no_mix,
 )
 from tests.test_train import (
@@ -44,15 +44,8 @@ def as_it_is(loss: torch.Tensor) -> torch.Tensor:
     return loss
 
 
-def make_batches(number: int, size: int = 4) -> list[tuple]:
-    rng = torch.Generator().manual_seed(1)
-    return [(torch.randn(size, 3, 32, 32, generator=rng),
-             torch.randint(0, 10, (size,), generator=rng), torch.arange(size))
-            for _ in range(number)]
-
-
-def make_teacher() -> FrozenTeacher:
-    return FrozenTeacher(fill_by_name(micro_slak()), IMAGENET_MEAN, IMAGENET_STD)
+def small_batches(number: int, size: int = 4) -> list[tuple]:
+    return make_batches(number, size, pixels=32)
 
 
 def probe_of(state: engine.TrainState):
@@ -114,7 +107,7 @@ def test_shares_are_of_gradients_taken_one_at_a_time(precision):
     state = make_state(fill_by_name(micro_convnext_bn()), {"kd": {}, "fd": {}, "ce": {}}, teacher)
     distiller = state.distiller.train()
     distiller.losses["product"], distiller.weights = Product(), WEIGHTS
-    ((images, labels, _),) = make_batches(1)
+    ((images, labels, _),) = small_batches(1)
     output = teacher(images)
     norms = {}
     for name, weight in WEIGHTS.items():
@@ -150,7 +143,7 @@ def test_shares_of_odd_losses():
 def test_a_teacher_on_its_own_stream_is_waited_for(monkeypatch):
     teacher = make_teacher()
     state = make_state(fill_by_name(micro_convnext_bn()), {"kd": {}, "fd": {}}, teacher)
-    ((images, labels, _),) = make_batches(1)
+    ((images, labels, _),) = small_batches(1)
     output = teacher(images)
     expected = measure_health(state.distiller, images, labels, output, as_it_is)
     monkeypatch.setattr(PendingOutput, "wait", lambda self: self.output)
@@ -188,7 +181,7 @@ def test_the_probe_sees_the_step_itself(precision):
         return {}
 
     state.wrapped.train()
-    engine.accumulate_gradients(state, iter(make_batches(1)), teacher, no_mix,
+    engine.accumulate_gradients(state, iter(small_batches(1)), teacher, no_mix,
                                 make_options(amp_dtype=PRECISIONS[precision]), probe=probe)
     for parameter, gradient in zip(state.distiller.parameters(), found, strict=True):
         assert torch.equal(parameter.grad, gradient)
@@ -199,7 +192,7 @@ class Batches:
     """As many as asked for, as the training loader yields them."""
 
     def start_at(self, epoch: int, batch: int):
-        return make_batches(10)[batch:]
+        return small_batches(10)[batch:]
 
 
 def test_the_last_micro_batch_of_the_printed_and_the_last_update_is_measured():
@@ -209,7 +202,7 @@ def test_the_last_micro_batch_of_the_printed_and_the_last_update_is_measured():
 
     def probe(images, targets, teacher_output, scaled):
         batch = state.step % 5 * 2 + 1
-        assert torch.equal(images, make_batches(10)[batch][0])
+        assert torch.equal(images, small_batches(10)[batch][0])
         assert torch.equal(teacher_output.logits, teacher(images).logits)
         assert scaled(torch.ones(())) == 0.5  # as the step's: of two micro-batches
         seen.append(state.step + 1)
@@ -236,7 +229,7 @@ def test_an_overflow_is_left_out(tmp_path):
     shares = []
     for scale in (2.0 ** 40, 2.0 ** 10):
         state.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-        engine.accumulate_gradients(state, iter(make_batches(1)), teacher, no_mix,
+        engine.accumulate_gradients(state, iter(small_batches(1)), teacher, no_mix,
                                     make_options(amp_dtype=torch.float16), probe=probe_of(state))
         means = engine.checked_means(state)  # no failure is raised
         assert means["teacher_entropy"] > 0
