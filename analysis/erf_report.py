@@ -117,7 +117,7 @@ def draw(maps: Mapping[str, np.ndarray]) -> "Figure":
     norm = LogNorm(SMALLEST_SHOWN, 1)
     for axis, (label, map_) in zip(axes.flat, maps.items()):
         image = axis.imshow(np.maximum(map_ / map_.max(), SMALLEST_SHOWN), norm=norm, cmap="magma")
-        axis.set_title(in_lines(f"{label}, {map_.shape[0]} px", 30), fontsize=9)
+        axis.set_title(f"{in_lines(label, 34)}\n{map_.shape[1]} x {map_.shape[0]} px", fontsize=9)
         axis.set_axis_off()
         draw_squares(axis, map_)
     for axis in axes.flat[len(maps):]:

@@ -31,9 +31,9 @@ while read -r checkpoint; do students+=("$checkpoint"); done < <(
     checkpoints_of none "$STUDENT" ce 8 $SEEDS
     checkpoints_of "$SLAK" "$STUDENT" nkd 8 $SEEDS
     checkpoints_of "$SWIN" "$STUDENT" nkd 8 $SEEDS)
-labels=()
+labels=() names=()
 for label in "student alone" "student of SLaK" "student of Swin"; do
-    for seed in $SEEDS; do labels+=("$label"); done
+    for seed in $SEEDS; do labels+=("$label") names+=("$label, seed $seed"); done
 done
 
 common=(--data-path "$DATA" --num-workers 0 --overwrite)
@@ -43,4 +43,6 @@ for teacher in slak swin; do
     "$PYTHON" -m analysis.similarity --checkpoint "${!teacher}" "${students[@]}" \
         --labels "$teacher teacher" "${labels[@]}" --out "$OUT/$teacher" "${common[@]}"
 done
-"$PYTHON" -m analysis.curves "$RUNS"/* --out "$OUT/curves" --overwrite
+folders=("$slak" "$swin" "${students[@]}")
+"$PYTHON" -m analysis.curves "${folders[@]%/checkpoint-last.pth}" \
+    --labels "SLaK teacher" "Swin teacher" "${names[@]}" --out "$OUT/curves" --overwrite
