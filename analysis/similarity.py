@@ -170,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
         size = args.input_size or first.settings.get("input_size") or first.model.input_size or (
             first.model.native_size or 224)
         check_fits(subjects, size, "--input-size")
-        crop_pct = args.crop_pct or first.settings.get("crop_pct")
+        crop_pct = first.settings.get("crop_pct") if args.crop_pct is None else args.crop_pct
         source = validation_pictures(args.data_set, args.data_path, subjects)
         if len(source) < SMALLEST_BATCH:
             raise UserError(f"CKA needs {SMALLEST_BATCH} validation pictures at least; there are "

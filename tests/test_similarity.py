@@ -273,6 +273,8 @@ def test_the_flags_matter(weights, tmp_path):
      "--input-size 16 is below one cell of slak_t"),
     ("--model slak_pico --weights random --model slak_pico --weights random --data-set outlines "
      "val_size=3", "CKA needs 4 validation pictures at least; there are 3"),
+    ("--model slak_pico --weights random --model slak_pico --weights random --data-set outlines "
+     "--crop-pct 0", "crop_pct is 0"),
     ("--num-workers -1", "--num-workers must be at least 0")])
 def test_wrong_words_get_a_sentence(tmp_path, capsys, words, telling):
     assert main([*words.split(), "--out", str(tmp_path / "out")]) == 2
