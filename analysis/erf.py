@@ -37,6 +37,7 @@ from analysis.subjects import (
     check_common,
     check_fits,
     load_subjects,
+    refuse_flags,
     select,
     told_apart,
     validation_pictures,
@@ -63,11 +64,20 @@ def build_parser() -> Parser:
     flag("--batch-size", type=int, default=1, help="images at a time")
     flag("--control", action=argparse.BooleanOptionalAction, default=True,
          help="also measure each architecture with random weights")
-    flag("--seed", type=int, default=0, help="of the random weights")
+    flag("--seed", type=int, default=0, help="of random weights where no run says its own")
     flag("--out", type=Path, default=Path("erf"), metavar="FOLDER", help="where everything goes")
     flag("--overwrite", action=argparse.BooleanOptionalAction, default=False,
          help="replace files of the same names there")
     return parser
+
+
+def refuse_useless(given: Sequence[str], has_models: bool, has_networks: bool) -> None:
+    if not has_networks and "matrix" in given:
+        measuring = {"images", "spread", "size", "batch_size", "control", "seed", "data_set",
+                     "data_path", "num_workers", "skip_bad_images", "device", "weights_key"}
+        refuse_flags(given, measuring, "on --matrix alone, which is measured already")
+    if not has_models:
+        refuse_flags(given, {"num_classes"}, "without --model: a checkpoint knows its classes")
 
 
 def controls(subjects: Sequence[Subject], seed: int) -> list[Subject]:
@@ -165,6 +175,7 @@ def run(subjects: Sequence[Subject], matrices: Sequence[tuple[str, np.ndarray]],
 def main(argv: list[str] | None = None) -> int:
     def program() -> int:
         args: argparse.Namespace = build_parser().parse(sys.argv[1:] if argv is None else argv)
+        refuse_useless(args.given, bool(args.model), bool(args.model or args.checkpoint))
         device = setup(args.device)
         check_common({"--images": (args.images, 1), "--size": (args.size, 1),
                       "--batch-size": (args.batch_size, 1), "--num-workers": (args.num_workers, 0)})

@@ -32,6 +32,7 @@ from analysis.subjects import (
     check_common,
     check_fits,
     load_subjects,
+    refuse_flags,
     select,
     shuffled,
     validation_pictures,
@@ -155,6 +156,8 @@ def build_parser() -> Parser:
 def main(argv: list[str] | None = None) -> int:
     def program() -> int:
         args: argparse.Namespace = build_parser().parse(sys.argv[1:] if argv is None else argv)
+        if not args.model:
+            refuse_flags(args.given, {"num_classes"}, "without --model")
         device = setup(args.device)
         check_common({"--batch-size": (args.batch_size, SMALLEST_BATCH), "--num-workers":
                       (args.num_workers, 0), **({"--images": (args.images, SMALLEST_BATCH)}

@@ -63,6 +63,12 @@ def check_common(smallest: dict[str, tuple[int, int]]) -> None:
                         "python -m.")
 
 
+def refuse_flags(given: Sequence[str], useless: set[str], why: str) -> None:
+    """Raises UserError for a flag of the command line that would change nothing."""
+    for name in sorted(useless & {*given}):
+        raise UserError(f"--{name.replace('_', '-')} has no effect {why}; leave it out.")
+
+
 def check_fits(subjects: Sequence[Subject], size: int, flag: str) -> None:
     """Raises UserError where a network's last map would have no whole cell."""
     for subject in subjects:

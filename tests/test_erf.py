@@ -378,6 +378,9 @@ def test_pictures_from_a_folder_with_val_or_the_folder_itself(weights, tmp_path,
     ("--model slak_pico --weights random --data-path nowhere", "nowhere"),
     ("--model slak_picco --weights random", "Did you mean 'slak_pico'?"),
     ("--checkpoint nothing.pth", "no such file: nothing.pth"),
+    ("--matrix a.npy --size 64", "--size has no effect on --matrix alone"),
+    ("--matrix a.npy --no-control", "--control has no effect on --matrix alone"),
+    ("--checkpoint a.pth --num-classes 10", "--num-classes has no effect without --model"),
     ("--matrix nothing.npy", "--matrix nothing.npy is no readable .npy file"),
     ("--images 3 --sizes 4", "Did you mean '--size'?")])
 def test_wrong_words_get_a_sentence(tmp_path, capsys, words, telling):

@@ -107,7 +107,8 @@ def weights(tmp_path):
 
 def command(weights, out, *more: str) -> list[str]:
     words = [word for path in weights for word in ("--model", path.stem, "--weights", str(path))]
-    return [*words, "--num-classes", "10", "--data-set", "outlines", "val_size=21", "--input-size",
+    words += ["--num-classes", "10"] if weights else []
+    return [*words, "--data-set", "outlines", "val_size=21", "--input-size",
             "32", "--batch-size", "8", "--num-workers", "0", "--out", str(out), *more]
 
 
@@ -275,6 +276,7 @@ def test_the_flags_matter(weights, tmp_path):
      "val_size=3", "CKA needs 4 validation pictures at least; there are 3"),
     ("--model slak_pico --weights random --model slak_pico --weights random --data-set outlines "
      "--crop-pct 0", "crop_pct is 0"),
+    ("--checkpoint a.pth --num-classes 10", "--num-classes has no effect without --model"),
     ("--num-workers -1", "--num-workers must be at least 0")])
 def test_wrong_words_get_a_sentence(tmp_path, capsys, words, telling):
     assert main([*words.split(), "--out", str(tmp_path / "out")]) == 2
