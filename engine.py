@@ -12,11 +12,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.distributed import rank, sum_over_ranks, world_size
-from utils.ema import ModelEma
-from utils.errors import NonFiniteLoss
-from utils.log import progress
-from utils.meter import Meter
-from utils.optim import restore_optimizer, set_hyperparameters
+from utils.log import Meter, progress
+from utils.optim import ModelEma, restore_optimizer, set_hyperparameters
+from utils.registry import NonFiniteLoss
 from utils.rng import fold_seed
 
 SMALLEST_SCALE = 2.0 ** -14  # of the loss; it starts at 2 ** 16 and halves at every overflow

@@ -19,12 +19,11 @@ import data
 import engine
 import models
 from analysis.complexity import count_macs
-from models.large_kernel import CHOICES, describe_choice, use
-from models.trained import Trained, load_named, load_trained
+from models.large_kernel.operator import CHOICES, describe_choice, use
+from models.weights import Trained, load_named, load_trained
 from utils import checkpoint, config, distributed
-from utils.errors import UserError
-from utils.log import say
-from utils.registry import parse_spec
+from utils.log import print_once
+from utils.registry import UserError, parse_spec
 
 
 def build_parser() -> config.Parser:
@@ -68,17 +67,17 @@ def run(args: argparse.Namespace) -> int:
     trained = checkpoint_model(args) if args.checkpoint else named_model(args)
     model, source = trained.model, build_source(args, trained)
     macs = count_macs(model, args.input_size)
-    say(f"{model.num_parameters:,} parameters, {macs / 1e9:.3f} G multiply-accumulates at "
+    print_once(f"{model.num_parameters:,} parameters, {macs / 1e9:.3f} G multiply-accumulates at "
         f"{args.input_size} px")
     num_parameters = model.num_parameters
     model = model.eval().fold().to(device, memory_format=torch.channels_last)
     use(args.large_kernel, model)
     dtype = engine.AMP_DTYPES[args.amp] or torch.float32
-    say(f"on {device}, precision {args.amp}{describe_choice(model, device, dtype)}")
+    print_once(f"on {device}, precision {args.amp}{describe_choice(model, device, dtype)}")
     options = engine.StepOptions(
         device=device, amp_dtype=engine.AMP_DTYPES[args.amp], accum_steps=1,
         memory_format=torch.channels_last, clip_grad=None, seed=0,
-        prepare=data.Preparation(model.input_mean, model.input_std, device))
+        prepare=data.BatchTransform(model.input_mean, model.input_std, device))
     loader = data.eval_loader(
         source, data.eval_transform(args.input_size, crop_pct=args.crop_pct),
         batch_size=args.batch_size, num_workers=args.num_workers,
@@ -87,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     with closing(loader):
         result, figures = evaluate(model, source, loader, options)
     seconds = time.perf_counter() - start
-    say(report(result, {
+    print_once(report(result, {
         **figures, "parameters": f"{num_parameters:,}",
         "multiply-accumulates": f"{macs / 1e9:.3f} G",
         "images/s, with loading, all processes": f"{result.num_samples / seconds:.0f}",
@@ -119,13 +118,13 @@ def check_flags(args: argparse.Namespace) -> None:
 def checkpoint_model(args: argparse.Namespace) -> Trained:
     """The student of a training checkpoint."""
     trained = load_trained(args.checkpoint, args.weights_key)
-    say(f"{' '.join(trained.settings['student'])} from {args.checkpoint}")
+    print_once(f"{' '.join(trained.settings['student'])} from {args.checkpoint}")
     return trained
 
 
 def named_model(args: argparse.Namespace) -> Trained:
     model = load_named(args.model, args.weights, args.weights_key, args.num_classes)
-    say(f"{' '.join(args.model)}, weights {args.weights}")
+    print_once(f"{' '.join(args.model)}, weights {args.weights}")
     return Trained(model, settings={}, classes=None)
 
 
@@ -212,7 +211,7 @@ def save_predictions(result: engine.Evaluation, source: data.ImageSource, path: 
     checkpoint.write_atomically(
         lambda file: np.savez_compressed(file, name=np.array(names),
                                          classes=np.array(source.classes), **columns), path)
-    say(f"predictions of {len(order):,} images saved to {path}")
+    print_once(f"predictions of {len(order):,} images saved to {path}")
 
 
 if __name__ == "__main__":

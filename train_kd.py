@@ -23,18 +23,15 @@ import engine
 import losses
 import models
 from analysis.describe import describe_cost, describe_network
-from models.distiller import Distiller
+from models.distiller import Distiller, FrozenTeacher, OnOwnStream
 from models.health import measure_health
-from models.large_kernel import CHOICES, describe_choice, use
+from models.large_kernel.operator import CHOICES, describe_choice, use
 from models.sparsity import SparseMask, add_sparsity_flags
-from models.teacher import FrozenTeacher, OnOwnStream
 from models.weights import fetch_weights
-from utils import checkpoint, config, distributed, optim, run_folder
-from utils.batch import settle_batch
-from utils.ema import ModelEma
-from utils.errors import UserError
-from utils.log import RunLog, peak_memory_gib, say, summary_writer_class
-from utils.registry import parse_spec
+from utils import checkpoint, config, distributed, optim
+from utils.log import RunLog, peak_memory_gib, print_once, summary_writer_class
+from utils.optim import ModelEma, resolve_batch
+from utils.registry import UserError, parse_spec
 from utils.rng import fold_seed
 from utils.run_name import run_name
 
@@ -148,20 +145,20 @@ def run(args: argparse.Namespace) -> int:
                for split in ("train", "val")]
     data.check_same_classes(*sources)
     args.num_classes, args.train_size = len(sources[0].classes), len(sources[0])
-    resolve_batch(args)
+    resolve_batch_flags(args)
     schedule = build_schedule(args)
     folder = args.output_dir / run_name(
         args.teacher, args.student, args.loss, args.epochs, args.seed, args.sparsity)
-    saved = run_folder.find_checkpoint(folder, args.resume, args.auto_resume, config.plain(args),
+    saved = checkpoint.find_checkpoint(folder, args.resume, args.auto_resume, config.plain(args),
                                        defaults=config.plain(build_parser().parse([])))
-    run_folder.check_same_start(saved, folder)
+    checkpoint.check_same_start(saved, folder)
     parts = build_parts(args, device, sources, is_new=saved is None)
     if saved is not None:
-        run_folder.restore(parts.state, *saved)
+        checkpoint.restore(parts.state, *saved)
     is_resumed, saved = saved is not None, None  # else it would stay in memory for the whole run
     describe_run(args, parts, folder, is_resumed)
     if args.dry_run:
-        say("dry run: nothing was trained, nothing written")
+        print_once("dry run: nothing was trained, nothing written")
         return 0
     if distributed.is_main():
         config.write_run_files(folder, args)
@@ -210,12 +207,12 @@ def resolve_defaults(args: argparse.Namespace, device: torch.device) -> None:
     args.git = checkpoint.git_revision(Path(__file__).parent)
 
 
-def resolve_batch(args: argparse.Namespace) -> None:
+def resolve_batch_flags(args: argparse.Namespace) -> None:
     """Settle accumulation, effective batch and updates per epoch."""
     asked = args.effective_batch if "effective_batch" in args.given else None
     if asked is not None and "accum_steps" not in args.given:
         args.accum_steps = None  # a recipe's; the command line wins
-    args.accum_steps, args.effective_batch = settle_batch(
+    args.accum_steps, args.effective_batch = resolve_batch(
         args.batch_size, args.world_size, args.accum_steps, asked, default=args.effective_batch)
     args.steps_per_epoch = args.train_size // args.effective_batch
     if args.steps_per_epoch == 0:
@@ -250,7 +247,7 @@ def build_parts(args: argparse.Namespace, device: torch.device, sources: list,
         device=device, amp_dtype=engine.AMP_DTYPES[args.amp], accum_steps=args.accum_steps,
         memory_format=torch.channels_last if args.channels_last else torch.contiguous_format,
         clip_grad=args.clip_grad, seed=args.seed,
-        prepare=data.Preparation(student.input_mean, student.input_std, device))
+        prepare=data.BatchTransform(student.input_mean, student.input_std, device))
     torch.manual_seed(fold_seed(args.seed, "losses"))
     distiller = Distiller(student, *losses.create_losses(
         args.loss, student.feature_info, teacher and teacher.feature_info))
@@ -280,7 +277,7 @@ def check_step(args: argparse.Namespace, distiller: Distiller, teacher: FrozenTe
     if args.batch_size == 1 and any(isinstance(module, nn.BatchNorm2d)
                                     for module in distiller.student.modules()):
         raise UserError("--batch-size 1 leaves BatchNorm nothing to average over; use 2 or more.")
-    images = data.Pictures.blank(2, args.input_size)
+    images = data.ImageBatch.blank(2, args.input_size)
     images, targets = mix(*options.to_device(images, torch.zeros(2, dtype=torch.long)), seed=0)
     with options.autocast():
         distiller.check(images, targets, teacher)
@@ -367,26 +364,26 @@ def describe_run(args: argparse.Namespace, parts: Parts, folder: Path, resumed: 
         who.insert(0, ("teacher", args.teacher, parts.teacher, args.teacher_weights))
     options = parts.options
     for role, words, model, weights in who:
-        say(describe_network(role, words, model, weights, args.input_size)
+        print_once(describe_network(role, words, model, weights, args.input_size)
             + describe_choice(model, options.device, options.amp_dtype or torch.float32))
     if args.dry_run:
-        say(describe_cost(student, parts.teacher, args.input_size, keeps_average=args.model_ema))
+        print_once(describe_cost(student, parts.teacher, args.input_size, keeps_average=args.model_ema))
     weights = parts.state.distiller.weights
-    say("loss: " + " + ".join(
+    print_once("loss: " + " + ".join(
         f"{weights[words[0]]:g} x " + " ".join(w for w in words if not w.startswith("weight="))
         for words in args.loss))
-    say(f"effective batch {args.effective_batch} = {args.world_size} process(es) x "
+    print_once(f"effective batch {args.effective_batch} = {args.world_size} process(es) x "
         f"{args.batch_size} images x {args.accum_steps} accumulated")
     total = args.epochs * args.steps_per_epoch
-    say(f"{args.train_size:,} images // {args.effective_batch} = {args.steps_per_epoch} updates "
+    print_once(f"{args.train_size:,} images // {args.effective_batch} = {args.steps_per_epoch} updates "
         f"per epoch, {total:,} in {args.epochs} epochs; {parts.val.num_samples:,} images to "
         "evaluate on")
-    say(f"learning rate 0 -> {args.lr:g} in {args.warmup_steps:,} updates, then cosine to "
+    print_once(f"learning rate 0 -> {args.lr:g} in {args.warmup_steps:,} updates, then cosine to "
         f"{args.min_lr:g}; {options.device}, precision {args.amp}")
     state = parts.state
     if state.sparsity is not None:
-        say(f"sparsity: {state.sparsity.describe()}")
-    say(f"run folder {folder}" + (f", continued at epoch {state.epoch}, update {state.step:,}"
+        print_once(f"sparsity: {state.sparsity.describe()}")
+    print_once(f"run folder {folder}" + (f", continued at epoch {state.epoch}, update {state.step:,}"
                                   if resumed else ""))
 
 
@@ -395,7 +392,7 @@ def train(args: argparse.Namespace, parts: Parts, schedule: Callable, folder: Pa
     """All remaining epochs; the exit code."""
     state = parts.state
     if state.epoch >= args.epochs:
-        say(f"nothing to do: all {args.epochs} epochs are done. Set another --output-dir to train "
+        print_once(f"nothing to do: all {args.epochs} epochs are done. Set another --output-dir to train "
             "again.")
         return 0
     reference, teacher_acc1 = teacher_predictions(parts)
@@ -404,7 +401,7 @@ def train(args: argparse.Namespace, parts: Parts, schedule: Callable, folder: Pa
         is_stopping = stop.agreed()
         if is_stopping or (args.save_every_steps and state.step % args.save_every_steps == 0):
             engine.checked_means(state)  # never save a NaN
-            save(args, state, folder, [run_folder.LAST])
+            save(args, state, folder, [checkpoint.LAST])
         return is_stopping
 
     while state.epoch < args.epochs:
@@ -413,22 +410,22 @@ def train(args: argparse.Namespace, parts: Parts, schedule: Callable, folder: Pa
             steps_per_epoch=args.steps_per_epoch, print_every=args.print_every,
             after_update=after_update, probe=parts.probe)
         if means is None:
-            say(f"stopped on request at update {state.step:,}; everything is in {folder}. The same "
+            print_once(f"stopped on request at update {state.step:,}; everything is in {folder}. The same "
                 "command continues it.")
             return 143
         for network in state.networks().values():
             distributed.broadcast_buffers(network)  # what is evaluated is what is saved
-        save(args, state, folder, [run_folder.LAST])  # whatever the evaluation may meet
+        save(args, state, folder, [checkpoint.LAST])  # whatever the evaluation may meet
         record = finish_epoch(args, parts, means, reference)
         record |= {"train_lr": schedule(state.step - 1)["lr"], "teacher_acc1": teacher_acc1}
         log.write(record)
         best = [suffix for suffix in state.networks() if record[f"is_best{suffix}"]]
-        save(args, state, folder, run_folder.checkpoint_names(
+        save(args, state, folder, checkpoint.checkpoint_names(
             record["epoch"], state.epoch == args.epochs, args.save_freq, best))
         if state.epoch < args.epochs and stop.agreed():
-            say(f"stopped on request after epoch {state.epoch - 1}; the same command continues.")
+            print_once(f"stopped on request after epoch {state.epoch - 1}; the same command continues.")
             return 143
-    say(f"done: best top-1 {state.best['best_acc1']:.2f} %; checkpoints and log.txt in {folder}")
+    print_once(f"done: best top-1 {state.best['best_acc1']:.2f} %; checkpoints and log.txt in {folder}")
     return 0
 
 
@@ -438,7 +435,7 @@ def teacher_predictions(parts: Parts) -> tuple[torch.Tensor | None, float | None
         return None, None
     result = engine.evaluate(parts.teacher, parts.val, options=parts.options,
                              description="teacher")
-    say(f"teacher: top-1 {result.acc1:.2f} %, top-5 {result.acc5:.2f} % on the "
+    print_once(f"teacher: top-1 {result.acc1:.2f} %, top-5 {result.acc5:.2f} % on the "
         f"{result.num_samples:,} validation images, at the student's input size")
     predictions = torch.full((parts.val.num_samples,), -1)
     predictions[result.samples["index"]] = result.samples["top5"][:, 0]
@@ -470,7 +467,7 @@ def finish_epoch(args: argparse.Namespace, parts: Parts, means: dict[str, float]
     state.epoch += 1
     shown = ", ".join(f"{key.removeprefix('test_')} {record[key]:.2f}" for key in record
                       if key.startswith(("test_acc1", "agreement")))
-    say(f"epoch {record['epoch']}: train loss {record['train_loss']:.3f}, {shown}"
+    print_once(f"epoch {record['epoch']}: train loss {record['train_loss']:.3f}, {shown}"
         + (f", {speed:.0f} images/s" if speed else ""))
     return record
 
@@ -479,7 +476,7 @@ def save(args: argparse.Namespace, state: engine.TrainState, folder: Path,
          names: list[str]) -> None:
     """Write the whole state to each of `names`. Called by all processes; the first one writes."""
     content = {**state.state_dict(), "args": config.plain(args), "git": args.git}
-    run_folder.save(content, folder, names, keep=args.save_num)
+    checkpoint.save(content, folder, names, keep=args.save_num)
 
 
 if __name__ == "__main__":

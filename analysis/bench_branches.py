@@ -9,15 +9,15 @@ from torch import Tensor
 
 import models
 from analysis.complexity import count_macs
-from models.large_kernel import (
-    IMPLEMENTATIONS,
+from models.large_kernel.operator import (
+    BACKENDS,
     LargeKernelModule,
     Prepared,
     cropped,
     depthwise,
     depthwise_sum,
 )
-from utils.errors import UserError
+from utils.registry import UserError
 
 PUBLISHED = "published"
 
@@ -73,7 +73,7 @@ class Work:
         is_published = name == PUBLISHED
         # Ours get the map as the networks give it, and gradients as their own outputs lie.
         layout = torch.contiguous_format if is_published else torch.channels_last
-        of_outputs = (IMPLEMENTATIONS[name].memory_format if name in IMPLEMENTATIONS else layout)
+        of_outputs = (BACKENDS[name].memory_format if name in BACKENDS else layout)
         self.x = _normal(size, device, dtype).to(memory_format=layout).requires_grad_()
         self.kernels = [_normal((shape.channels, 1, *edges), device, dtype).requires_grad_()
                         for edges in shape.kernels]

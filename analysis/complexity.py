@@ -19,11 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import models
-from models.sparse_init import erk_densities, maskable
-from models.trained import load_named, load_trained
+from models.sparsity import erk_densities, maskable
+from models.weights import load_named, load_trained
 from utils.config import Parser
-from utils.errors import UserError, one_line
-from utils.registry import parse_spec
+from utils.registry import UserError, one_line, parse_spec
 
 ACTIVATIONS = "(activations with each other)"  # attention
 REST = "(norms, scales, embeddings)"

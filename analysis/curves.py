@@ -10,22 +10,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from analysis.output import (
+from analysis.common import (
     NO_PICTURES,
+    Run,
     csv_text,
     figure_class,
     in_lines,
     new_files,
+    read_runs,
     save_figure,
+    unique_labels,
 )
-from analysis.runs import Run, read_runs
-from analysis.subjects import told_apart
 from utils.checkpoint import write_text_atomically
 from utils.config import Parser
 from utils.distributed import run_program
-from utils.errors import UserError
-from utils.log import say
-from utils.registry import did_you_mean
+from utils.log import print_once
+from utils.registry import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -114,8 +114,8 @@ def main(argv: list[str] | None = None) -> int:
         args: argparse.Namespace = build_parser().parse(sys.argv[1:] if argv is None else argv)
         found, left_out = read_runs(args.runs)
         for reason in left_out:
-            say(f"left out: {reason}")
-        names = args.labels or told_apart([run.folder.resolve().name for run in found])
+            print_once(f"left out: {reason}")
+        names = args.labels or unique_labels([run.folder.resolve().name for run in found])
         if len(set(names)) != len(found):
             raise UserError(f"--labels needs {len(found)} different names, one for each run that "
                             f"could be read; got {', '.join(names)}.")
@@ -127,10 +127,10 @@ def main(argv: list[str] | None = None) -> int:
         rows = table_rows(runs, keys)
         write_text_atomically(csv_text(rows), table)
         if figure_class() is None:
-            say(f"{table}; {NO_PICTURES}")
+            print_once(f"{table}; {NO_PICTURES}")
             return 0
         save_figure(draw(rows, names, keys), picture)
-        say(f"{picture} and {table}: {', '.join(keys)} of {len(runs)} run(s)")
+        print_once(f"{picture} and {table}: {', '.join(keys)} of {len(runs)} run(s)")
         return 0
 
     return run_program("analysis.curves", program)

@@ -5,7 +5,7 @@ from torch import nn
 
 from analysis.complexity import count_macs
 from models.base import VisionModel
-from models.teacher import FrozenTeacher
+from models.distiller import FrozenTeacher
 
 GIB = 4 / 2 ** 30  # of a float32
 

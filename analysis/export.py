@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import models
-from models.trained import load_named, load_trained
+from models.weights import load_named, load_trained
 from utils.checkpoint import save_atomically
 from utils.config import Parser
-from utils.errors import UserError
+from utils.registry import UserError
 
 
 def build_parser() -> Parser:

@@ -14,12 +14,12 @@ import torch
 
 import engine
 import models
-from analysis.random_step import no_mix, random_batches, random_state
-from models.teacher import FrozenTeacher
+from analysis.benchmark.common import no_mix, random_batches, random_state
+from models.distiller import FrozenTeacher
 from utils.config import Parser
 from utils.distributed import setup
-from utils.errors import UserError
 from utils.log import progress
+from utils.registry import UserError
 
 TEACHERS = ("slak_t", "slak_s", "slak_b", "convnext_t", "convnext_s", "swin_t", "deit_s", "vit_s",
             "vit_b", "cswin_t", "resnet50d", "efficientnet_b3")

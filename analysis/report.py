@@ -10,12 +10,10 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from analysis.output import csv_text
-from analysis.runs import Run, read_runs
-from utils.checkpoint import write_text_atomically
+from analysis.common import Run, csv_text, read_runs
+from utils.checkpoint import FREE_ON_RESUME, write_text_atomically
 from utils.config import Parser
-from utils.errors import UserError
-from utils.run_folder import FREE_ON_RESUME
+from utils.registry import UserError
 
 # What may differ between runs of one row: the seed, and where and how they ran.
 NOT_COMPARED = FREE_ON_RESUME - {"student_weights", "student_weights_key"} | {"seed"}

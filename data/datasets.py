@@ -12,8 +12,7 @@ from torchvision.datasets import ImageFolder as TorchvisionFolder
 
 from data.outlines import Outlines
 from utils.distributed import barrier, is_main
-from utils.errors import UserError
-from utils.registry import Registry
+from utils.registry import Registry, UserError
 
 DATASETS = Registry("data set", home="data/datasets.py and data/imagenet_*.py")
 register_dataset = DATASETS.register
@@ -55,14 +54,14 @@ def list_datasets() -> list[str]:
     return DATASETS.names()
 
 
-def read_picture(path: str) -> Image.Image:
+def read_image(path: str) -> Image.Image:
     with open(path, "rb") as file:  # read at once: no file stays open until it is decoded
         return Image.open(io.BytesIO(file.read()))
 
 
 @register_dataset("imagefolder")
 class ImageFolder:
-    """Pictures in data_path/{train,val}/<class>/ (ImageNet's layout); labels in order of name."""
+    """ImageBatch in data_path/{train,val}/<class>/ (ImageNet's layout); labels in order of name."""
 
     def __init__(self, split: str, data_path: str | None) -> None:
         if data_path is None:
@@ -89,7 +88,7 @@ class ImageFolder:
 
     def load(self, index: int) -> tuple[Image.Image, int]:
         path, label = self.samples[index]
-        return read_picture(path), label
+        return read_image(path), label
 
     def name_of(self, index: int) -> str:
         return self.samples[index][0]

@@ -7,12 +7,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from data.batch import ImageBatch, Sample, collate
 from data.datasets import ImageSource
-from data.preparation import Pictures, Sample, collate
 from data.transforms import Transform
 from utils.distributed import num_cores, rank, world_size
-from utils.errors import UserError
-from utils.log import say_from_anywhere
+from utils.log import print_from_any
+from utils.registry import UserError
 from utils.rng import generator, seeded
 
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
@@ -109,15 +109,15 @@ class Loader:
         self.keys.epoch, self.keys.start = epoch, batch
         return self
 
-    def first_batch(self, most: int) -> tuple[Pictures, Tensor]:
-        """Pictures and labels that the iteration begins with, `most` at most, without beginning
+    def first_batch(self, most: int) -> tuple[ImageBatch, Tensor]:
+        """ImageBatch and labels that the iteration begins with, `most` at most, without beginning
         it."""
         keys = next(iter(self.keys))[:most]
         pictures, labels, indices = collate([self.samples[key] for key in keys])
         self._note_all_bad(indices)
         return pictures, labels
 
-    def __iter__(self) -> Iterator[tuple[Pictures, Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[ImageBatch, Tensor, Tensor]]:
         try:
             for pictures, labels, indices in self.loader:
                 self._note_all_bad(indices)
@@ -148,7 +148,7 @@ class Loader:
         message = f"cannot read the picture {source.name_of(index)} ({reason})"
         if not self.skip_bad_images:
             raise UserError(f"{message}. Repair or remove it, or pass --skip-bad-images.")
-        say_from_anywhere(f"{message}; skipped, {len(self.bad)} so far")
+        print_from_any(f"{message}; skipped, {len(self.bad)} so far")
 
 
 def _start_worker(worker: int) -> None:

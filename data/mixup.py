@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.errors import UserError
+from utils.registry import UserError
 
 
 class Box(NamedTuple):

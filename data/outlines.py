@@ -10,7 +10,7 @@ pure function of (seed, split, index).
 import numpy as np
 from PIL import Image
 
-from utils.errors import UserError
+from utils.registry import UserError
 
 SPLITS = ("train", "val")
 

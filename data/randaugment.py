@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 
-from utils.errors import UnknownName, UserError
+from utils.registry import UnknownName, UserError
 
 MAX_MAGNITUDE = 10.0
 FILL = (124, 116, 104)  # ImageNet mean (0.485, 0.456, 0.406) * 255, rounded

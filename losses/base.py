@@ -5,8 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from models.base import FeatureInfo, ModelOutput
-from utils.errors import UserError
-from utils.registry import Registry, parse_spec
+from utils.registry import Registry, UserError, parse_spec
 
 Stages = tuple[FeatureInfo, ...]  # what a network declares of its maps
 LOSSES = Registry("loss", home="losses/__init__.py")

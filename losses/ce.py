@@ -4,7 +4,7 @@ from torch import Tensor
 
 from losses.base import Loss, Stages, check_fraction, register_loss
 from models.base import ModelOutput
-from utils.errors import UserError
+from utils.registry import UserError
 
 
 @register_loss("ce")

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from losses.base import Loss, check_positive, register_loss
 from models.base import FeatureInfo, ModelOutput
-from utils.errors import UserError
+from utils.registry import UserError
 
 
 @register_loss("fd")

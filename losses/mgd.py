@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from losses.base import Loss, Stages, check_positive, register_loss
 from losses.fd import stage_pairs
 from models.base import ModelOutput
-from utils.errors import UserError
+from utils.registry import UserError
 
 
 @register_loss("mgd")

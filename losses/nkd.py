@@ -5,7 +5,7 @@ from torch import Tensor
 
 from losses.base import Loss, Stages, check_positive, hard_labels, register_loss
 from models.base import ModelOutput
-from utils.errors import UserError
+from utils.registry import UserError
 
 
 @register_loss("nkd")

@@ -4,8 +4,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from utils.errors import UserError
-from utils.registry import Registry
+from utils.registry import Registry, UserError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

@@ -16,7 +16,7 @@ from models.layers import (
     check_stages,
     drop_path_rates,
 )
-from models.names import renamed
+from models.weights import renamed
 
 TINY, SMALL = (3, 3, 9, 3), (3, 3, 27, 3)
 

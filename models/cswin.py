@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from models.base import FeatureInfo, ModelOutput, VisionModel, register_model
 from models.layers import DropPath, LayerNorm2d, check_stages, drop_path_rates
-from utils.errors import UserError
+from utils.registry import UserError
 
 Window = tuple[int, int]  # height and width, in positions of the map
 

@@ -11,8 +11,8 @@ from torchvision.models import efficientnet, mobilenetv3
 
 from models.base import FeatureInfo, ModelOutput, VisionModel, register_model
 from models.layers import check_drop_path
-from models.names import renamed
-from utils.errors import UserError
+from models.weights import renamed
+from utils.registry import UserError
 
 # expansion, kernel, stride, in, out, blocks of EfficientNet-B0 (Tan and Le 2019, table 1)
 B0 = [(1, 3, 1, 32, 16, 1), (6, 3, 2, 16, 24, 2), (6, 5, 2, 24, 40, 2), (6, 3, 2, 40, 80, 3),

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from models.base import ModelOutput
-from models.distiller import Distiller
-from models.teacher import PendingOutput
+from models.distiller import Distiller, PendingOutput
 
 
 def measure_health(distiller: Distiller, images: Tensor, targets: Tensor,

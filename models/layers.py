@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils.errors import UserError
+from utils.registry import UserError
 
 
 class LayerNorm2d(nn.LayerNorm):

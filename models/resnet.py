@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from models.base import FeatureInfo, ModelOutput, VisionModel, register_model
 from models.layers import DropPath, check_stages, drop_path_rates
-from utils.errors import UserError
+from utils.registry import UserError
 
 
 class BasicBlock(nn.Module):

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from models.base import register_model
 from models.convnext import SMALL, TINY, ConvNeXtBlock, ConvNeXtFrame
-from models.large_kernel import LargeKernelModule, Prepared, depthwise, depthwise_sum
-from utils.errors import UserError
+from models.large_kernel.operator import LargeKernelModule, Prepared, depthwise, depthwise_sum
+from utils.registry import UserError
 
 LARGE_KERNELS = (51, 49, 47, 13, 5)
 CONVNEXT_KERNELS = (7, 7, 7, 7, 100)

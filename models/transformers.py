@@ -18,8 +18,8 @@ from models.base import (
     register_model,
 )
 from models.layers import check_drop_path
-from models.names import renamed
-from utils.errors import UserError
+from models.weights import renamed
+from utils.registry import UserError
 
 # The names of its authors' files, which timm took over. There the down-sampling of stage i sits at
 # its end; newer timm moved it to the beginning of the next.

@@ -1,19 +1,20 @@
 """Weights from files and addresses: read safely, loaded strictly, refused with a readable diff."""
 import hashlib
+import re
 import urllib.error
 import urllib.parse
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from models.base import VisionModel
-from models.recognise import describe_origin, learned
+from models.base import MODELS, VisionModel, create_model
 from utils.checkpoint import load_file
 from utils.distributed import barrier, is_first_here
-from utils.errors import UserError
-from utils.log import say
+from utils.log import print_once
+from utils.registry import UserError, parse_spec
 
 # Containers that published files keep their weights in, in the order they are looked for.
 CONTAINERS = ("model", "state_dict", "model_ema", "state_dict_ema")
@@ -70,7 +71,7 @@ def fetch_weights(model: nn.Module, name: str, source: str, flag: str,
     try:
         address = published_source(name) if source == "published" else source
         if dry_run and source == "published":
-            return say(f"{flag} published: {address}, not fetched in a dry run")
+            return print_once(f"{flag} published: {address}, not fetched in a dry run")
         if is_first_here():
             local_file(address)
         barrier()
@@ -131,7 +132,7 @@ def read_state_dict(path: Path, key: str | None = None) -> dict[str, Tensor]:
     if key is None and containers:
         is_for_average = path.name.endswith("-best-ema.pth") and "model_ema" in containers
         key = "model_ema" if is_for_average else containers[0]
-    say(f"weights: {path}" + (f", {key}" if key else ""))
+    print_once(f"weights: {path}" + (f", {key}" if key else ""))
     state = content[key] if key else content
     state = {name: value for name, value in state.items()
              if isinstance(name, str) and isinstance(value, Tensor)}
@@ -204,3 +205,94 @@ def _download(url: str, path: Path) -> None:
         path.unlink()
         raise UserError(f"{url} did not give a checkpoint ({error}). Fetch it by hand and pass "
                         "the file's path.") from None
+
+
+Rules = Sequence[tuple[str, str]]  # pattern of a whole name, replacement
+
+
+def renamed(state: Mapping[str, Tensor], rules: Rules) -> dict[str, Tensor]:
+    """`state` with each name rewritten by the first rule that fits it; others stay. Raises
+    UserError where two names become one."""
+    compiled = [(re.compile(pattern), replacement) for pattern, replacement in rules]
+    result = {}
+    for name, value in state.items():
+        rule = next(((p, r) for p, r in compiled if p.fullmatch(name)), None)
+        new = rule[0].sub(rule[1], name) if rule else name
+        if new in result:
+            raise UserError(f"the file names {new} twice, as {name} and otherwise; it mixes the "
+                            "checkpoints of two programs.")
+        result[new] = value
+    return result
+
+
+# Buffers that hold nothing learned. Files older than torch 0.4.1 do not count BatchNorm's batches.
+COMPUTED = ("relative_position_index", "attn_mask", "num_batches_tracked")
+
+
+def learned(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`state` without what a file need not have."""
+    return {name: value for name, value in state.items() if not name.endswith(COMPUTED)}
+
+
+def describe_origin(state: Mapping[str, Tensor]) -> str:
+    """'These are weights of slak_t kernel_size=31,29,27,13,5. ', or of which they are the nearest;
+    empty where nothing is near. Builds every registered network, without memory for weights."""
+    best, best_share = "", 0.5  # below a half it says nothing
+    for name in MODELS.names():
+        words, share = _fit(name, state)
+        if share == 1:
+            return f"These are weights of {words}. "
+        if share > best_share:
+            best, best_share = words, share
+    return f"The nearest network is {best}, {best_share:.0%} of whose tensors fit. " if best else ""
+
+
+def _fit(name: str, state: Mapping[str, Tensor]) -> tuple[str, float]:
+    """The words that name this network with the options that the shapes tell, and the share of
+    tensors, of the file's and its own, that the two have in common."""
+    try:
+        options = MODELS.builder(name).options_of(state)
+        with torch.device("meta"):
+            model = create_model(name, _num_classes(state), **options)
+        theirs = learned(model.translated(dict(state)))
+    except (ValueError, TypeError, RuntimeError, LookupError):  # something else altogether
+        return name, 0.0
+    ours = learned(model.state_dict())
+    common = sum(key in theirs and theirs[key].shape == value.shape for key, value in ours.items())
+    defaults = MODELS.defaults(name)
+    words = [f"{key}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
+             for key, value in options.items() if value != defaults.get(key)]
+    return " ".join([name, *words]), common / len(ours.keys() | theirs.keys())
+
+
+def _num_classes(state: Mapping[str, Tensor]) -> int:
+    """The length of the last vector, which is the classifier's bias in every published file."""
+    return len([value for value in state.values() if value.dim() == 1][-1])
+
+
+class Trained(NamedTuple):
+    model: VisionModel
+    settings: dict[str, Any]  # of the run, as args.yaml has them
+    classes: list[str] | None  # names by label; None in files written before these were kept
+
+
+def load_trained(path: Path, key: str | None = None) -> Trained:
+    """The network with its weights, and what the file says of them. `key`: see `load_weights`."""
+    content = load_file(path)
+    settings = content.get("args")
+    if not isinstance(settings, dict) or "student" not in settings:
+        raise UserError(f"{path} does not say which model it holds; that is known only of the "
+                        "checkpoints of train_kd.py. Use --model NAME --weights FILE instead.")
+    name, options = parse_spec(settings["student"], "--student")
+    model = create_model(name, settings["num_classes"], **options)
+    load_weights(model, path, key)
+    return Trained(model, settings, content.get("classes"))
+
+
+def load_named(words: list[str], source: str, key: str | None, num_classes: int) -> VisionModel:
+    """The network that `--model NAME key=value ...` names with the weights that --weights names;
+    see `fetch_weights`."""
+    name, options = parse_spec(words, "--model")
+    model = create_model(name, num_classes, **options)
+    fetch_weights(model, name, source, "--weights", key)
+    return model

@@ -10,11 +10,10 @@ from torch import nn
 import engine
 import losses
 from models.base import IMAGENET_MEAN, IMAGENET_STD
-from models.distiller import Distiller
+from models.distiller import Distiller, FrozenTeacher
 from models.slak import SLaK
-from models.teacher import FrozenTeacher
 from utils import optim
-from utils.ema import ModelEma
+from utils.optim import ModelEma
 
 FIXTURES = Path(__file__).parent / "fixtures"
 MICRO = dict(num_classes=10, depths=(1, 1, 2, 1), dims=(8, 16, 24, 32), layer_scale_init=0.5)

@@ -382,7 +382,7 @@ def test_cifar_offline(runner, monkeypatch):
                    telling=("CIFAR-100", "cifar", "not known", "cifar-100-python"))
 
 
-# Pictures that cannot be read
+# ImageBatch that cannot be read
 
 
 def spoil(path: Path, how: str) -> None:

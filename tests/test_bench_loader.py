@@ -3,13 +3,13 @@ import pytest
 import torch
 from PIL import Image
 
-from analysis.bench_loader import STAGES, TorchvisionSamples, measure, photographs, table
+from analysis.benchmark.loader import STAGES, TorchvisionSamples, measure, photographs, table
+from data.batch import BatchTransform, collate
 from data.datasets import create_dataset
 from data.loader import Samples
-from data.preparation import Preparation, collate
 from data.transforms import train_transform
 from tests.test_data import big_jpeg
-from utils.errors import UserError
+from utils.registry import UserError
 
 
 def make_photographs(folder):
@@ -49,7 +49,7 @@ def test_the_pipelines_do_the_same(tmp_path):
     theirs.to_tensor.transforms[-1].p = 0
     source = create_dataset("imagefolder", "val", str(tmp_path))
     ours = Samples(source, train_transform(40, random_erasing_prob=0), seed=0)
-    prepare = Preparation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    prepare = BatchTransform((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     for epoch in range(3):
         expected = torch.stack([theirs[epoch, index][0] for index in range(4)])
         images = prepare(collate([ours[epoch, index] for index in range(4)])[0])

@@ -6,16 +6,16 @@ import statistics
 import pytest
 import torch
 
-from analysis import bench_common
 from analysis.bench_branches import Shape, shapes_of
-from analysis.bench_common import Stopwatch, ceilings, markdown_table, time_interleaved
-from analysis.bench_masking import masking_table
-from analysis.bench_step import PHASES, build_steps, lapped
-from analysis.benchmark import COMMANDS, main
+from analysis.benchmark import common
+from analysis.benchmark.__main__ import COMMANDS, main
+from analysis.benchmark.common import Stopwatch, ceilings, markdown_table, time_interleaved
+from analysis.benchmark.masking import masking_table
+from analysis.benchmark.published import PublishedSLaK
+from analysis.benchmark.step import PHASES, build_steps, lapped
 from analysis.complexity import count_macs
-from analysis.published import PublishedSLaK
 from models import create_model
-from models.large_kernel import LargeKernelModule
+from models.large_kernel.operator import LargeKernelModule
 from tests.helpers import make_options
 from tests.test_bench_loader import make_photographs
 
@@ -28,9 +28,9 @@ STEP = ["step", "--input-size", "32", "--batch-size", "2"]
 
 @pytest.fixture(autouse=True)
 def _small_ceilings(monkeypatch):
-    monkeypatch.setitem(bench_common.COPY_BYTES, "cpu", 2 ** 20)
-    monkeypatch.setitem(bench_common.MATRIX_EDGE, "cpu", 64)
-    monkeypatch.setattr("analysis.bench_operator.SHORTEST", 1e-4)
+    monkeypatch.setitem(common.COPY_BYTES, "cpu", 2 ** 20)
+    monkeypatch.setitem(common.MATRIX_EDGE, "cpu", 64)
+    monkeypatch.setattr("analysis.benchmark.operator.SHORTEST", 1e-4)
 
 
 @pytest.fixture

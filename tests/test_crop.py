@@ -11,8 +11,8 @@ from torchvision import transforms as T
 from torchvision.datasets import ImageFolder
 
 import data
-from data.crop import RandomResizedCrop, decoding_factor, resize_by_integers, to_rgb
 from data.randaugment import parse_policy
+from data.transforms import RandomResizedCrop, decoding_factor, resize_by_integers, to_rgb
 from tests.test_data import big_jpeg
 from utils.rng import seeded
 

@@ -8,10 +8,10 @@ from torch import nn
 from models import create_model
 from models.base import IMAGENET_MEAN, IMAGENET_STD
 from models.cswin import CSWinBlock, StripeAttention
+from models.distiller import FrozenTeacher
 from models.layers import DropPath
-from models.teacher import FrozenTeacher
 from tests.helpers import fill_by_name, read_json
-from utils.errors import UserError
+from utils.registry import UserError
 
 FIGURES = {name: read_json("full_models")[name] for name in ("cswin_t", "resnet50d")}
 NANO = ["cswin_nano", "resnet_d_nano"]

@@ -15,11 +15,10 @@ import data
 import eval as evaluation
 import train_kd
 from data import loader as loading
-from data.crop import to_rgb
 from data.loader import EvalKeys, Samples, TrainKeys
-from data.transforms import Transform
+from data.transforms import Transform, to_rgb
 from utils.config import Parser, plain
-from utils.errors import UserError
+from utils.registry import UserError
 
 RECIPES = sorted((Path(__file__).parent.parent / "run_scripts" / "recipes").glob("*.yaml"))
 AS_IT_IS = Transform(to_rgb, ())
@@ -84,7 +83,7 @@ def test_labels_and_indices_come_with_the_images(source):
 
 
 class Spoilt:
-    """Pictures of one level each, some of which cannot be read."""
+    """ImageBatch of one level each, some of which cannot be read."""
 
     classes = ["only"]
 

@@ -3,9 +3,9 @@ import pytest
 import torch
 
 from utils import distributed
-from utils.batch import settle_batch
-from utils.errors import UserError
-from utils.run_folder import check_same_start
+from utils.checkpoint import check_same_start
+from utils.optim import resolve_batch
+from utils.registry import UserError
 
 
 def run_raising(error: Exception) -> int:
@@ -60,7 +60,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     (16, 1, 2, 32, (2, 32)),
 ])
 def test_batch_arithmetic(batch, world, accum, effective, expected):
-    assert settle_batch(batch, world, accum, effective, default=4096) == expected
+    assert resolve_batch(batch, world, accum, effective, default=4096) == expected
 
 
 @pytest.mark.parametrize("batch, world, accum, effective, words", [
@@ -70,4 +70,4 @@ def test_batch_arithmetic(batch, world, accum, effective, expected):
 ])
 def test_batch_arithmetic_that_does_not_add_up(batch, world, accum, effective, words):
     with pytest.raises(UserError, match=words):
-        settle_batch(batch, world, accum, effective, default=4096)
+        resolve_batch(batch, world, accum, effective, default=4096)

@@ -11,8 +11,7 @@ import engine
 import losses
 from models import ModelOutput, create_model
 from models.base import IMAGENET_MEAN, IMAGENET_STD
-from models.distiller import Distiller
-from models.teacher import FrozenTeacher, OnOwnStream
+from models.distiller import Distiller, FrozenTeacher, OnOwnStream
 from tests.helpers import (
     fill_by_name,
     make_batches,
@@ -23,7 +22,7 @@ from tests.helpers import (
     micro_slak,
     no_mix,
 )
-from utils.errors import NonFiniteLoss
+from utils.registry import NonFiniteLoss
 
 PRECISIONS = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 

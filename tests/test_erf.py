@@ -10,11 +10,20 @@ from PIL import Image
 from torch import nn
 
 import models
-from analysis import output
-from analysis.erf import controls, main
-from analysis.erf_report import draw, report, table_rows
-from analysis.receptive_field import THRESHOLDS, Field, contributions, extents, measure
-from analysis.subjects import Selection, Subject, select
+from analysis import common
+from analysis.common import LoadedModel, Selection, select
+from analysis.erf import (
+    THRESHOLDS,
+    Field,
+    contributions,
+    controls,
+    draw,
+    extents,
+    main,
+    measure,
+    report,
+    table_rows,
+)
 from models.base import FeatureInfo, ModelOutput, VisionModel
 from tests.helpers import fill_by_name, micro_slak
 from utils.rng import fold_seed
@@ -179,7 +188,7 @@ def test_pictures_without_a_finite_gradient_are_left_out_and_counted():
 
 def test_controls_are_each_architecture_once_with_a_runs_first_weights():
     plain, other = ["convnext_bn_pico"], ["convnext_bn_pico", "bn=true"]
-    subjects = [Subject(label, label, words, models.create_model("convnext_bn_pico", 7), settings)
+    subjects = [LoadedModel(label, label, words, models.create_model("convnext_bn_pico", 7), settings)
                 for label, words, settings in (("a", plain, {}), ("b", plain, {"seed": 3}),
                                                ("c", other, {}), ("d", plain, {"seed": 8}))]
     found = controls(subjects, seed=3)
@@ -279,7 +288,7 @@ def test_networks_of_one_name_are_seeds_of_one(weights, tmp_path, capsys):
 
 def test_without_matplotlib_a_sentence_says_how_to_get_pictures(weights, tmp_path, capsys,
                                                                 monkeypatch):
-    monkeypatch.setitem(output.figure_class.__globals__["__builtins__"], "__import__",
+    monkeypatch.setitem(common.figure_class.__globals__["__builtins__"], "__import__",
                         without_matplotlib(__import__))
     assert main(command(weights[:1], tmp_path / "erf")) == 0
     assert "pip install matplotlib" in capsys.readouterr().out

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from models.base import ModelOutput, VisionModel
 from models.convnext import ConvNeXt
-from models.large_kernel import use
+from models.distiller import IMAGES_AT_A_TIME, FrozenTeacher
+from models.large_kernel.operator import use
 from models.layers import GELU, PointwiseLinear
 from models.slak import FoldedLargeKernel, SLaK
-from models.teacher import IMAGES_AT_A_TIME, FrozenTeacher
 from tests.helpers import MICRO, fill_by_name, micro_convnext_bn, micro_slak
 
 LARGER_THAN_MAPS = (51, 49, 47, 13, 5)

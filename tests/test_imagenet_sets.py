@@ -18,8 +18,7 @@ import data
 import engine
 import eval as evaluation
 import train_kd
-from data.imagenet_c import ALEXNET_ERRORS, EXTRA
-from data.imagenet_sets import imagenet_wnids
+from data.robustness import ALEXNET_ERRORS, EXTRA, imagenet_wnids
 from models import create_model
 from models.base import IMAGENET_MEAN, IMAGENET_STD
 
@@ -36,7 +35,7 @@ TARS = {"noise": ("gaussian_noise", "shot_noise", "impulse_noise"),
 
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory) -> list[Path]:
-    """Pictures that the sets are made of."""
+    """ImageBatch that the sets are made of."""
     folder, rng = tmp_path_factory.mktemp("pool"), np.random.default_rng(0)
     paths = [folder / f"{number:02d}.jpg" for number in range(NUM_PICTURES)]
     for path in paths:

@@ -8,11 +8,10 @@ from torch import Tensor
 
 from models import create_model
 from models.base import IMAGENET_MEAN, IMAGENET_STD
-from models.recognise import describe_origin, learned
-from models.teacher import FrozenTeacher
-from models.weights import PUBLISHED, load_weights
+from models.distiller import FrozenTeacher
+from models.weights import PUBLISHED, describe_origin, learned, load_weights
 from tests.helpers import fill_by_name, micro_convnext_bn, read_json
-from utils.errors import UserError
+from utils.registry import UserError
 
 FIGURES = read_json("full_models")
 # figure -> registered name and options; the other figures are in test_models.py

@@ -12,9 +12,8 @@ import engine
 import losses
 import train_kd
 from models import ModelOutput
-from models.distiller import Distiller
+from models.distiller import Distiller, PendingOutput
 from models.health import buffers_kept, gradient_shares, measure_health
-from models.teacher import PendingOutput
 from tests.helpers import (
     fill_by_name,
     make_batches,
@@ -34,8 +33,7 @@ from tests.test_train import (
     torchrun,
 )
 from utils.checkpoint import save_atomically
-from utils.log import RunLog
-from utils.meter import Meter
+from utils.log import Meter, RunLog
 
 PRECISIONS = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 

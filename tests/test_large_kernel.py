@@ -10,11 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from analysis.complexity import count_macs
-from models import banded, large_kernel
-from models.large_kernel import IMPLEMENTATIONS, Prepared, cropped, depthwise, depthwise_sum, use
+from models.large_kernel import banded, operator
+from models.large_kernel.operator import (
+    BACKENDS,
+    Prepared,
+    cropped,
+    depthwise,
+    depthwise_sum,
+    use,
+)
 from models.slak import LargeKernel
 from tests.helpers import fill_by_name, micro_slak
-from utils.errors import UserError
+from utils.registry import UserError
 
 OURS = ("conv", "banded")  # on a CPU
 SLAK, PAIR, SINGLE = ((51, 5), (5, 51), (5, 5)), ((13, 3), (3, 13), (3, 3)), ((7, 7),)
@@ -315,7 +322,7 @@ def test_operators_are_what_torch_compile_believes(name, operator, dtype):
     x, kernels, gradients = drawn(PAIR, (7, 9), dtype)
     kernels, op = [cropped(k, 7, 9).contiguous() for k in kernels], torch.ops.large_kernel
     if operator == "total":
-        prepared = IMPLEMENTATIONS[name].prepare(kernels, 7, 9, dtype)
+        prepared = BACKENDS[name].prepare(kernels, 7, 9, dtype)
         torch.library.opcheck(op.total, (x, kernels, prepared, torch.ones(3, dtype=dtype), name))
     elif operator == "branches_backward":
         torch.library.opcheck(op.branches_backward, (x, kernels, gradients, name, True, True))
@@ -347,7 +354,7 @@ def kernels_on(edge: int) -> list[Tensor]:
     ("meta", torch.bfloat16, "library"), ("mps", torch.float32, "library")])
 def test_auto_without_a_gpu(device, dtype, expected):
     for edge in (3, 51):
-        found = large_kernel.choose("auto", torch.device(device), dtype, kernels_on(edge))
+        found = operator.choose("auto", torch.device(device), dtype, kernels_on(edge))
         assert found == expected
 
 
@@ -357,43 +364,43 @@ def test_auto_without_a_gpu(device, dtype, expected):
 def test_auto_on_a_gpu(dtype, with_triton, without, monkeypatch):
     device = torch.device("cuda")
     for reason, expected in ((None, with_triton), ("Triton is not installed.", without)):
-        monkeypatch.setattr(large_kernel.triton_kernels, "why_not", lambda device, r=reason: r)
+        monkeypatch.setattr(operator.triton, "why_not", lambda device, r=reason: r)
         for edge in (9, 51):
-            assert large_kernel.choose("auto", device, dtype, kernels_on(edge)) == expected
-        assert large_kernel.choose("auto", device, dtype, kernels_on(7)) == "library"
+            assert operator.choose("auto", device, dtype, kernels_on(edge)) == expected
+        assert operator.choose("auto", device, dtype, kernels_on(7)) == "library"
 
 
 def test_what_is_asked_for_is_taken():
     for name in (*OURS, "library"):
         for device, expected in (("cpu", name), ("cuda", name), ("meta", "library")):
-            found = large_kernel.choose(name, torch.device(device), torch.float32, kernels_on(3))
+            found = operator.choose(name, torch.device(device), torch.float32, kernels_on(3))
             assert found == expected
 
 
 def test_triton_on_a_cpu_is_refused_in_words(monkeypatch):
     reason = "Triton's kernels need a GPU."
-    found = IMPLEMENTATIONS["triton"]._replace(why_not=lambda device: reason)
-    monkeypatch.setitem(IMPLEMENTATIONS, "triton", found)
+    found = BACKENDS["triton"]._replace(why_not=lambda device: reason)
+    monkeypatch.setitem(BACKENDS, "triton", found)
     with pytest.raises(UserError) as caught:
         depthwise(torch.zeros(1, 2, 3, 3), [torch.zeros(2, 1, 3, 3)], "triton")
     assert str(caught.value) == (f"--large-kernel triton cannot run on cpu: {reason} Use auto.")
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones():
-    known = ", ".join(large_kernel.CHOICES)
+    known = ", ".join(operator.CHOICES)
     with pytest.raises(UserError, match=f"unknown .*'tritom'.*Known: {known}"):
         depthwise(torch.zeros(1, 2, 3, 3), [torch.zeros(2, 1, 3, 3)], "tritom")
 
 
 def spy_on(monkeypatch, name: str, part: str, called: list) -> None:
     """Notes (name, part) in `called` whenever that function of an implementation runs."""
-    real = getattr(IMPLEMENTATIONS[name], part)
+    real = getattr(BACKENDS[name], part)
 
     def noting(*inputs):
         called.append((name, part))
         return real(*inputs)
 
-    monkeypatch.setitem(IMPLEMENTATIONS, name, IMPLEMENTATIONS[name]._replace(**{part: noting}))
+    monkeypatch.setitem(BACKENDS, name, BACKENDS[name]._replace(**{part: noting}))
 
 
 def test_use_reaches_every_large_kernel_of_every_network(monkeypatch):
@@ -406,7 +413,7 @@ def test_use_reaches_every_large_kernel_of_every_network(monkeypatch):
     for name, runs in (("auto", "conv"), ("banded", "banded"), ("conv", "conv"), ("library", None)):
         use(name, student, None, teacher)
         modules = [m for net in (student, teacher) for m in net.modules()
-                   if isinstance(m, large_kernel.LargeKernelModule)]
+                   if isinstance(m, operator.LargeKernelModule)]
         assert [m.implementation for m in modules] == [name] * 2 * num_blocks
         called.clear()
         with torch.no_grad():
@@ -418,7 +425,7 @@ def test_use_reaches_every_large_kernel_of_every_network(monkeypatch):
 def test_macs_do_not_depend_on_the_implementation():
     for make in (micro_slak, lambda: micro_slak().eval().fold()):
         counts = []
-        for name in large_kernel.CHOICES:
+        for name in operator.CHOICES:
             model = make()
             use(name, model)
             counts.append(count_macs(model, 64))

@@ -13,7 +13,7 @@ from losses.base import hard_labels
 from models.base import FeatureInfo, ModelOutput
 from models.distiller import Distiller
 from tests.helpers import FIXTURES
-from utils.errors import UnknownName, UserError
+from utils.registry import UnknownName, UserError
 
 FIGURES = np.load(FIXTURES / "losses.npz")
 LOGIT_FIGURES = [key.removesuffix("/loss") for key in FIGURES.files if key.endswith("/loss")]

@@ -5,7 +5,7 @@ import torch
 from analysis.matrix import LOSSES, STUDENTS, TEACHERS, main, run_cell
 from models import create_model, list_models
 from models.base import IMAGENET_MEAN, IMAGENET_STD
-from models.teacher import FrozenTeacher
+from models.distiller import FrozenTeacher
 from tests.helpers import make_options
 
 # A small network of every architecture in the full matrix.

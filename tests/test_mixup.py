@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from data.mixup import Mixup, draw_box
-from utils.errors import UserError
+from utils.registry import UserError
 
 CLASSES = 5
 

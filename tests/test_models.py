@@ -14,7 +14,7 @@ from models import create_model, list_models
 from models.convnext import ConvNeXt
 from models.layers import DropPath, drop_path_rates
 from tests.helpers import MICRO, fill_by_name, micro_convnext_bn, micro_slak, read_json
-from utils.errors import UnknownName, UserError
+from utils.registry import UnknownName, UserError
 
 # In the order in which the reference inputs were drawn.
 MICRO_MODELS = {

@@ -10,15 +10,15 @@ from losses import create_loss
 from models import VisionModel, create_model, list_models
 from models.distiller import Distiller
 from tests.helpers import micro_slak, read_json
-from utils.ema import ModelEma
-from utils.errors import UserError
 from utils.optim import (
+    ModelEma,
     build_adamw,
     cosine_schedule,
     parameter_groups,
     restore_optimizer,
     set_hyperparameters,
 )
+from utils.registry import UserError
 
 FIGURES = read_json("schedules")
 NANO = [name for name in list_models() if name.endswith("_nano")]

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from data.outlines import GROUND, Outlines
-from utils.errors import UserError
+from utils.registry import UserError
 
 
 def images_of(split: str, count: int, **options) -> tuple[np.ndarray, np.ndarray]:

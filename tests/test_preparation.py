@@ -7,22 +7,30 @@ from torchvision import transforms as T
 import data
 import engine
 from data import loader as loading
-from data.erasing import RATIO, SCALE, draw_erasure, erase_, normal_noise
-from data.preparation import Pictures, Preparation, collate
+from data.batch import (
+    RATIO,
+    SCALE,
+    BatchTransform,
+    ImageBatch,
+    collate,
+    draw_erasure,
+    erase_,
+    normal_noise,
+)
 from models.base import IMAGENET_MEAN, IMAGENET_STD
 from tests.helpers import make_options
-from utils.errors import UserError
+from utils.registry import UserError
 
-PREPARE = Preparation(IMAGENET_MEAN, IMAGENET_STD)
+PREPARE = BatchTransform(IMAGENET_MEAN, IMAGENET_STD)
 
 
 def every_level() -> torch.Tensor:
     return torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).repeat(1, 3, 1, 1)
 
 
-def pictures(pixels: torch.Tensor, *erased: tuple) -> Pictures:
+def pictures(pixels: torch.Tensor, *erased: tuple) -> ImageBatch:
     num_pixels = sum(height * width for _, _, _, height, width, _ in erased)
-    return Pictures(pixels, torch.tensor(erased, dtype=torch.int64).view(-1, 6), num_pixels)
+    return ImageBatch(pixels, torch.tensor(erased, dtype=torch.int64).view(-1, 6), num_pixels)
 
 
 # Normalising
@@ -43,7 +51,7 @@ def test_every_level_equals_to_tensor_and_normalize():
                                        ((0, 0, 0), (1, 1))])
 def test_bad_statistics_get_a_sentence(mean, std):
     with pytest.raises(UserError, match="both need three numbers"):
-        Preparation(mean, std)
+        BatchTransform(mean, std)
 
 
 def test_the_engine_prepares_once_and_leaves_ready_images_alone():

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from analysis.published import GraphDistiller, GraphTeacher, PublishedSLaK, arranged
+from analysis.benchmark.published import GraphDistiller, GraphTeacher, PublishedSLaK, arranged
 from losses import create_losses
 from models import create_model
 from models.distiller import Distiller

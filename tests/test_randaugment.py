@@ -12,7 +12,7 @@ from PIL import Image
 
 from data import randaugment
 from data.randaugment import OPERATION_NAMES, OPERATIONS, RandAugment, apply_operation, parse_policy
-from utils.errors import UnknownName, UserError
+from utils.registry import UnknownName, UserError
 
 # From the published code (timm 0.6.13): one image and what every operation makes of it.
 # Keys are "name/mag<magnitude>/arg<argument>".

@@ -23,9 +23,9 @@ from losses import create_losses
 from models import VisionModel, create_model
 from models.weights import published_source
 from utils import config
-from utils.batch import settle_batch
+from utils.checkpoint import FREE_ON_RESUME
+from utils.optim import resolve_batch
 from utils.registry import parse_spec
-from utils.run_folder import FREE_ON_RESUME
 from utils.run_name import run_name
 
 ROOT = Path(__file__).parent.parent
@@ -290,7 +290,7 @@ def test_the_effective_batch_can_be_reached(path, started):
     """By a machine of 1, 2, 4 or 8 GPUs."""
     for run in started(path):
         for world_size in (1, 2, 4, 8):
-            settle_batch(run.batch_size, world_size, None, run.effective_batch, default=4096)
+            resolve_batch(run.batch_size, world_size, None, run.effective_batch, default=4096)
 
 
 @pytest.mark.parametrize("path", ON_IMAGENET, **NAMES)

@@ -8,8 +8,7 @@ import torch
 from PIL import Image
 
 import models
-from analysis.cka import MinibatchCKA, gram, unbiased_hsic
-from analysis.similarity import PredictionSums, main, overlap
+from analysis.similarity import MinibatchCKA, PredictionSums, gram, main, overlap, unbiased_hsic
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:

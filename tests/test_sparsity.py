@@ -10,20 +10,21 @@ from torch import nn
 import engine
 import train_kd
 from models import create_model, list_models
-from models.sparse_init import draw_masks, starting_masks
 from models.sparsity import (
     FINAL_PRUNE_RATE,
     SparseMask,
+    draw_masks,
     erk_densities,
     gradient_growth,
     magnitude_prune,
     maskable,
     snip_densities,
+    starting_masks,
 )
 from tests.helpers import fill_by_name, make_options, make_state, micro_slak, no_mix, read_json
 from utils import optim
 from utils.checkpoint import load_file, save_atomically
-from utils.errors import UserError
+from utils.registry import UserError
 
 FIGURES = read_json("sparse")
 PRECISIONS = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -6,7 +6,7 @@ import torch
 import engine
 from data.mixup import Mixup
 from models.base import IMAGENET_MEAN, IMAGENET_STD
-from models.teacher import FrozenTeacher
+from models.distiller import FrozenTeacher
 from tests.helpers import (
     fill_by_name,
     make_options,

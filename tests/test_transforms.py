@@ -7,10 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from data.crop import RandomResizedCrop, to_rgb
 from data.randaugment import RandAugment
-from data.transforms import eval_transform, train_transform
-from utils.errors import UserError
+from data.transforms import RandomResizedCrop, eval_transform, to_rgb, train_transform
+from utils.registry import UserError
 
 
 def noise_image(width, height):

@@ -14,6 +14,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from models.large_kernel import triton
+
 ROOT = Path(__file__).parent.parent
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # of the maximum
 SLAK = ((51, 5), (5, 51), (5, 5))
@@ -49,7 +51,7 @@ def references(x, kernels, gradients):
 
 def comparisons(case, dtype: torch.dtype, device: str, channels_last: bool):
     """(what, got, expected) of every public function."""
-    from models import triton_kernels as ours
+    from models.large_kernel import triton as ours
     num_images, channels, size, sizes = case
     layout = torch.channels_last if channels_last else torch.contiguous_format
     x, *gradients = [torch.randn(num_images, channels, *size).to(device, dtype).contiguous(
@@ -116,8 +118,7 @@ def test_kernels_on_a_gpu_equal_convolutions():
 
 @pytest.fixture
 def ours():
-    from models import triton_kernels
-    return triton_kernels
+    return triton
 
 
 def test_cpu_is_refused_in_a_sentence(ours):

@@ -21,7 +21,7 @@ from models.weights import (
     read_state_dict,
 )
 from tests.helpers import fill_by_name
-from utils.errors import UserError
+from utils.registry import UserError
 
 TORCHVISION_NAMES = {"resnet18": "resnet18", "resnet34": "resnet34", "resnet50": "resnet50",
                      "resnet101": "resnet101", "swin_t": "swin_t", "vit_b": "vit_b_16"}

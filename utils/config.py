@@ -8,8 +8,7 @@ from typing import Any, NoReturn
 import yaml
 
 from utils.checkpoint import write_text_atomically
-from utils.errors import UserError
-from utils.registry import did_you_mean
+from utils.registry import UserError, did_you_mean
 
 
 class Parser(argparse.ArgumentParser):

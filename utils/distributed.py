@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from utils.errors import UserError
+from utils.registry import UserError
 
 
 def setup(device: str) -> torch.device:

@@ -4,8 +4,6 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from utils.errors import UnknownName, UserError
-
 _WORDS = {"true": True, "false": False, "none": None}
 
 
@@ -118,3 +116,23 @@ def _plain_type(parameter: inspect.Parameter) -> type | None:
         return annotation
     origin = getattr(annotation, "__origin__", None)
     return tuple if origin in (tuple, list) or "Sequence" in str(origin) else None
+
+
+class UserError(ValueError):
+    """Something the user passed or pointed at is wrong. The message says what was got, what was
+    expected and what to change."""
+
+
+def one_line(error: Exception) -> str:
+    """Its text without line breaks, its type where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+class UnknownName(UserError, KeyError):
+    """A name that is not registered. (`KeyError.__str__` would print the message in quotes.)"""
+
+    __str__ = UserError.__str__
+
+
+class NonFiniteLoss(UserError, FloatingPointError):
+    """A loss term became NaN or infinite during training."""

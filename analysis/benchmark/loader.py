@@ -15,7 +15,7 @@ from torchvision import transforms as T
 from torchvision.datasets import ImageFolder
 
 import data
-from analysis.bench_common import (
+from analysis.benchmark.common import (
     Stopwatch,
     check_at_least,
     markdown_table,
@@ -23,12 +23,11 @@ from analysis.bench_common import (
     number,
     show,
 )
-from data.erasing import RATIO, SCALE
+from data.batch import RATIO, SCALE, BatchTransform, ImageBatch, collate
 from data.loader import FREED_BLOCKS, UNREADABLE, Samples, keep_freed_memory
-from data.preparation import Pictures, Preparation, collate
 from data.randaugment import parse_policy
-from utils.errors import UserError
 from utils.log import progress
+from utils.registry import UserError
 from utils.rng import seeded
 
 POLICY, REPROB = "rand-m9-mstd0.5-inc1", 0.25
@@ -145,13 +144,13 @@ def _torchvision_pass(samples: TorchvisionSamples) -> Callable:
 
 
 def _our_pass(samples: Samples) -> Callable:
-    prepare = Preparation(MEAN, STD)
+    prepare = BatchTransform(MEAN, STD)
 
     def run(epoch: int, batches: Iterable[range]) -> dict[str, float]:
         watch = Stopwatch()
         for batch in batches:
             watch.start()
-            pictures: Pictures = collate([samples[epoch, index] for index in batch])[0]
+            pictures: ImageBatch = collate([samples[epoch, index] for index in batch])[0]
             watch.lap("all")
             prepare(pictures)
             watch.lap("device")

@@ -13,17 +13,19 @@ import torch
 
 import engine
 import models
-from analysis.bench_common import (
+from analysis.benchmark.common import (
     add_model_flag,
     check_at_least,
     new_parser,
+    no_mix,
     place,
+    random_batches,
+    random_state,
     show,
     start,
     time_interleaved,
 )
 from analysis.complexity import count_macs
-from analysis.random_step import no_mix, random_batches, random_state
 from models.sparsity import SparseMask
 from utils.registry import parse_spec
 

@@ -6,7 +6,7 @@ kernels, e.g. SLaK's 51 x 5, 5 x 51 and 5 x 5 (Liu et al. 2023, arXiv 2207.03620
 
     conv     forward convolutions of the library in channels-last memory, the gradients too
     banded   matrix products with the Toeplitz matrices of the kernels (models/banded.py)
-    triton   a fused CUDA kernel on matrix units (models/triton_kernels.py)
+    triton   a fused CUDA kernel on matrix units (models/triton.py)
     library  F.conv2d and its own gradient, in whatever layout the map has
 
 All of them give the same sums up to rounding and accumulate in float32.
@@ -18,14 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import banded, library_conv, triton_kernels
-from utils.errors import UserError
+from models.large_kernel import banded, conv, triton
+from utils.registry import UserError
 
 # Smallest long edge for which cuDNN's depthwise kernels are left aside on a GPU; not measured.
 LARGE_FOR_CUDNN = 9
 
 
-class Implementation(NamedTuple):
+class Backend(NamedTuple):
     """Functions on a map (N, C, H, W) and kernels (C, 1, kh, kw), cut to the map's reach."""
 
     why_not: Callable[[torch.device], str | None]  # None: runs there; else a sentence
@@ -37,19 +37,19 @@ class Implementation(NamedTuple):
     memory_format: torch.memory_format  # of every map that it gives
 
 
-IMPLEMENTATIONS = {
-    "conv": Implementation(
-        library_conv.why_not, library_conv.prepare, library_conv.total, library_conv.outputs,
-        library_conv.input_gradient, library_conv.kernel_gradients, torch.channels_last),
-    "banded": Implementation(
+BACKENDS = {
+    "conv": Backend(
+        conv.why_not, conv.prepare, conv.total, conv.outputs,
+        conv.input_gradient, conv.kernel_gradients, torch.channels_last),
+    "banded": Backend(
         banded.why_not, banded.prepare, banded.total, banded.outputs, banded.input_gradient,
         banded.kernel_gradients, torch.channels_last),
-    "triton": Implementation(
-        triton_kernels.why_not, triton_kernels.prepare, triton_kernels.total,
-        triton_kernels.outputs, triton_kernels.input_gradient, triton_kernels.kernel_gradients,
+    "triton": Backend(
+        triton.why_not, triton.prepare, triton.total,
+        triton.outputs, triton.input_gradient, triton.kernel_gradients,
         torch.contiguous_format),
 }
-CHOICES = ("auto", *IMPLEMENTATIONS, "library")
+CHOICES = ("auto", *BACKENDS, "library")
 
 
 class LargeKernelModule(nn.Module):
@@ -82,7 +82,7 @@ def describe_choice(network: nn.Module, device: torch.device, dtype: torch.dtype
                     for module in modules})
     if not names:
         return ""
-    reason = triton_kernels.why_not(device) if device.type == "cuda" else None
+    reason = triton.why_not(device) if device.type == "cuda" else None
     return f", large kernels by {' and '.join(names)}" + (f" ({reason})" if reason else "")
 
 
@@ -96,10 +96,10 @@ def choose(implementation: str, device: torch.device, dtype: torch.dtype,
         return _automatic(device, dtype, max(max(kernel.shape[2:]) for kernel in kernels))
     if implementation == "library":
         return implementation
-    if implementation not in IMPLEMENTATIONS:
+    if implementation not in BACKENDS:
         raise UserError(f"unknown large-kernel implementation {implementation!r}. Known: "
                         f"{', '.join(CHOICES)}.")
-    reason = IMPLEMENTATIONS[implementation].why_not(device)
+    reason = BACKENDS[implementation].why_not(device)
     if reason:
         raise UserError(f"--large-kernel {implementation} cannot run on {device}: {reason} Use "
                         "auto.")
@@ -112,7 +112,7 @@ def _automatic(device: torch.device, dtype: torch.dtype, edge: int) -> str:
     if device.type == "cpu" and dtype != torch.float64:
         return "conv"
     if device.type == "cuda" and edge >= LARGE_FOR_CUDNN and dtype != torch.float64:
-        has_triton = dtype != torch.float32 and not triton_kernels.why_not(device)
+        has_triton = dtype != torch.float32 and not triton.why_not(device)
         return "triton" if has_triton else "banded"
     return "library"
 
@@ -150,7 +150,7 @@ class Prepared:
         if key != self.key:
             self.kernels = [cropped(kernel, *x.shape[2:]).to(x.dtype).contiguous()
                             for kernel in kernels]
-            self.tensors = IMPLEMENTATIONS[name].prepare(self.kernels, *x.shape[2:], x.dtype)
+            self.tensors = BACKENDS[name].prepare(self.kernels, *x.shape[2:], x.dtype)
             self.key = key
 
 
@@ -195,7 +195,7 @@ def _cast(x: Tensor, others: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
 @torch.library.custom_op("large_kernel::branches", mutates_args=(),
                          schema="(Tensor x, Tensor[] kernels, str name) -> Tensor[]")
 def _branches(x: Tensor, kernels: Sequence[Tensor], name: str) -> list[Tensor]:
-    return IMPLEMENTATIONS[name].outputs(x, kernels)
+    return BACKENDS[name].outputs(x, kernels)
 
 
 @_branches.register_fake
@@ -209,7 +209,7 @@ def _(x: Tensor, kernels: Sequence[Tensor], name: str) -> list[Tensor]:
            "bool of_kernels) -> Tensor[]")
 def _branches_backward(x: Tensor, kernels: Sequence[Tensor], gradients: Sequence[Tensor],
                        name: str, of_input: bool, of_kernels: bool) -> list[Tensor]:
-    found = IMPLEMENTATIONS[name]
+    found = BACKENDS[name]
     result = [found.input_gradient(gradients, kernels)] if of_input else []
     if of_kernels:
         sizes = [tuple(kernel.shape[2:]) for kernel in kernels]
@@ -245,7 +245,7 @@ _branches.register_autograd(_backward, setup_context=_keep)
     schema="(Tensor x, Tensor[] kernels, Tensor[] prepared, Tensor bias, str name) -> Tensor")
 def _total(x: Tensor, kernels: Sequence[Tensor], prepared: Sequence[Tensor], bias: Tensor,
            name: str) -> Tensor:
-    return IMPLEMENTATIONS[name].total(x, kernels, prepared, bias)
+    return BACKENDS[name].total(x, kernels, prepared, bias)
 
 
 @_total.register_fake
@@ -255,4 +255,4 @@ def _(x: Tensor, kernels: Sequence[Tensor], prepared: Sequence[Tensor], bias: Te
 
 
 def _empty(x: Tensor, name: str) -> Tensor:
-    return torch.empty_like(x, memory_format=IMPLEMENTATIONS[name].memory_format)
+    return torch.empty_like(x, memory_format=BACKENDS[name].memory_format)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from models.base import ModelOutput, VisionModel
-from models.large_kernel import LargeKernelModule
+from models.large_kernel.operator import LargeKernelModule
 from models.layers import DropPath
 from models.slak import SLaK
 

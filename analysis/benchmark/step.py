@@ -19,7 +19,7 @@ import torch
 import data
 import engine
 import models
-from analysis.bench_common import (
+from analysis.benchmark.common import (
     Seconds,
     Stopwatch,
     ceiling_actions,
@@ -32,18 +32,18 @@ from analysis.bench_common import (
     number,
     percent,
     place,
+    random_images,
+    random_state,
     show,
     start,
     time_interleaved,
 )
-from analysis.bench_teacher import PRECISIONS
+from analysis.benchmark.published import GraphDistiller, GraphTeacher, arranged
+from analysis.benchmark.teacher import PRECISIONS
 from analysis.complexity import count_macs
-from analysis.published import GraphDistiller, GraphTeacher, arranged
-from analysis.random_step import random_pictures, random_state
-from models import large_kernel
-from models.teacher import FrozenTeacher
-from utils.errors import UserError
-from utils.registry import parse_spec
+from models.distiller import FrozenTeacher
+from models.large_kernel import operator
+from utils.registry import UserError, parse_spec
 
 PHASES = ("data", "teacher forward", "student forward", "backward", "optimizer")
 
@@ -191,23 +191,23 @@ def build_steps(teacher_words: list[str], student_words: list[str], loss_specs: 
             raise UserError(f"--teacher {name} sees pictures at {size} px. Set --input-size "
                             f"{size}, so that both arrangements do the same.")
         macs += count_macs(teacher, input_size)
-    options = options._replace(prepare=data.Preparation(
+    options = options._replace(prepare=data.BatchTransform(
         student.input_mean, student.input_std, options.device))
-    batches = random_pictures(batch_size, input_size, student.num_classes,
+    batches = random_images(batch_size, input_size, student.num_classes,
                               pin_memory=options.device.type == "cuda")
     steps = {}
     if has_published:  # first: ours folds the teacher
         steps["published"] = published_step(student, teacher, loss_specs, batches=batches,
                                             options=options)
     steps["ours"] = our_step(student, teacher, loss_specs, batches=batches, options=options)
-    large_kernel.use(implementation, student, teacher)
+    operator.use(implementation, student, teacher)
     return steps, macs
 
 
 def choices(step: Step, dtype: torch.dtype) -> str:
     """What computes the step's large kernels, for the end of a sentence."""
     networks = torch.nn.ModuleList(filter(None, [step.state.distiller, step.teacher]))
-    return large_kernel.describe_choice(networks, step.options.device, dtype)
+    return operator.describe_choice(networks, step.options.device, dtype)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -220,7 +220,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
          help="NAME [weight=1 key=value ...]; default: nkd, and ce without a teacher")
     flag("--amp", choices=list(engine.AMP_DTYPES), default="none", help="mixed precision")
     flag("--accum-steps", type=int, default=1, help="micro-batches of --batch-size per update")
-    flag("--large-kernel", choices=list(large_kernel.CHOICES), default="auto",
+    flag("--large-kernel", choices=list(operator.CHOICES), default="auto",
          help="what computes the large kernels of ours")
     flag("--published", action=argparse.BooleanOptionalAction, default=True,
          help="measure the published arrangement, too")

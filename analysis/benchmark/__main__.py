@@ -12,12 +12,11 @@ import sys
 
 import torch
 
-from analysis import bench_loader, bench_masking, bench_operator, bench_step, bench_teacher
-from utils.errors import UserError
-from utils.registry import did_you_mean
+from analysis.benchmark import loader, masking, operator, step, teacher
+from utils.registry import UserError, did_you_mean
 
-COMMANDS = {"masking": bench_masking, "operator": bench_operator, "teacher": bench_teacher,
-            "step": bench_step, "loader": bench_loader}
+COMMANDS = {"masking": masking, "operator": operator, "teacher": teacher,
+            "step": step, "loader": loader}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models import banded
+from models.large_kernel import banded
 
 # Bytes of a map of 16 channels, one vector of float32, from which it no longer stays in the second
 # cache together with the map that it slides over. Measured: 200 KB (56 x 56) is beyond it.

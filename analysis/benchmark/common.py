@@ -4,17 +4,25 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+import engine
+import models
+from data.batch import ImageBatch, collate, draw_erasure
+from losses import create_losses
+from models.distiller import Distiller, FrozenTeacher
+from utils import optim
 from utils.checkpoint import write_text_atomically
 from utils.config import Parser
 from utils.distributed import setup
-from utils.errors import UserError
 from utils.log import peak_memory_gib, progress
+from utils.optim import ModelEma
+from utils.registry import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 COPY_BYTES = {"cpu": 2 ** 28, "cuda": 2 ** 30}  # far beyond a cache
@@ -210,3 +218,49 @@ def show(title: str, table: str, notes: Iterable[str], figures: Mapping[str, Any
 def add_model_flag(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument("--model", nargs="+", default=[default], metavar="NAME",
                         help="NAME [key=value ...]")
+
+
+def random_batches(options: engine.StepOptions, batch_size: int, input_size: int,
+                   num_classes: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The same random images (N, 3, H, W), labels and indices for ever, on the device."""
+    images = torch.randn(batch_size, 3, input_size, input_size)
+    batch = options.to_device(images, torch.randint(num_classes, (batch_size,)))
+    while True:
+        yield *batch, torch.arange(batch_size)
+
+
+def random_images(batch_size: int, input_size: int, num_classes: int, *, pin_memory: bool,
+                    erasing_prob: float = 0.25) -> Iterator[tuple[ImageBatch, Tensor, Tensor]]:
+    """The same random pictures as the loader hands them over for ever: bytes on the host and what
+    is to be erased, labels, indices. For options with `prepare`."""
+    samples = []
+    for index in range(batch_size):
+        pixels = torch.randint(256, (input_size, input_size, 3), dtype=torch.uint8)
+        image = pixels.permute(2, 0, 1)
+        samples.append((image, draw_erasure(image, erasing_prob),
+                        int(torch.randint(num_classes, ())), index))
+    pictures, labels, indices = collate(samples)
+    if pin_memory:
+        pictures, labels = pictures.pin_memory(), labels.pin_memory()
+    while True:
+        yield pictures, labels, indices
+
+
+def no_mix(images: Tensor, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    return images, labels
+
+
+def random_state(student: models.VisionModel, teacher: FrozenTeacher | None,
+                 loss_specs: list[list[str]], options: engine.StepOptions, *,
+                 keeps_average: bool) -> engine.TrainState:
+    """As train_kd.py builds it, with AdamW at a small rate. `loss_specs`: NAME key=value ..."""
+    distiller = Distiller(student, *create_losses(loss_specs, student.feature_info,
+                                                  teacher and teacher.feature_info))
+    distiller.to(options.device, memory_format=options.memory_format).train()
+    optimizer = optim.build_adamw(optim.parameter_groups(distiller, 0.05), lr=1e-4,
+                                  betas=(0.9, 0.999), eps=1e-8)
+    return engine.TrainState(
+        distiller=distiller, wrapped=distiller, optimizer=optimizer,
+        ema=ModelEma(student) if keeps_average else None,
+        scaler=torch.amp.GradScaler(options.device.type,
+                                    enabled=options.amp_dtype is torch.float16))

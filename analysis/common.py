@@ -1,23 +1,31 @@
 """The networks and pictures that an analysis is about, as its command line names them."""
 import argparse
+import csv
+import io
+import json
+import math
+import re
+import textwrap
 from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
+import yaml
 from PIL import Image
 
 import data
 from models.base import VisionModel
-from models.trained import load_named, load_trained
+from models.weights import load_named, load_trained
+from utils.checkpoint import write_atomically, write_text_atomically
 from utils.config import Parser
 from utils.distributed import world_size
-from utils.errors import UserError
-from utils.registry import parse_spec
+from utils.registry import UserError, one_line, parse_spec
 from utils.rng import fold_seed, generator
 
 
-class Subject(NamedTuple):
+class LoadedModel(NamedTuple):
     """A network with its weights."""
 
     label: str  # what tables and pictures call it; no two are equal
@@ -28,7 +36,7 @@ class Subject(NamedTuple):
     classes: list[str] | None = None  # names by label, where they are known
 
 
-def add_subject_flags(parser: Parser) -> None:
+def add_model_flags(parser: Parser) -> None:
     flag = parser.add_argument_group("networks").add_argument
     flag("--checkpoint", nargs="+", default=[], type=Path, metavar="FILE", help="of train_kd.py")
     flag("--model", nargs="+", action="append", default=None, metavar="NAME",
@@ -42,7 +50,7 @@ def add_subject_flags(parser: Parser) -> None:
          "of one name are taken for seeds of one network, and their mean is shown")
 
 
-def add_picture_flags(parser: Parser) -> None:
+def add_image_flags(parser: Parser) -> None:
     flag = parser.add_argument_group("pictures").add_argument
     flag("--data-set", nargs="+", default=None, metavar="NAME",
          help="by default the first checkpoint's, else imagefolder")
@@ -69,7 +77,7 @@ def refuse_flags(given: Sequence[str], useless: set[str], why: str) -> None:
         raise UserError(f"--{name.replace('_', '-')} has no effect {why}; leave it out.")
 
 
-def check_fits(subjects: Sequence[Subject], size: int, flag: str) -> None:
+def check_fits(subjects: Sequence[LoadedModel], size: int, flag: str) -> None:
     """Raises UserError where a network's last map would have no whole cell."""
     for subject in subjects:
         stride = subject.model.feature_info[-1].stride
@@ -78,9 +86,9 @@ def check_fits(subjects: Sequence[Subject], size: int, flag: str) -> None:
                             f"{stride} px.")
 
 
-def load_subjects(checkpoints: Sequence[Path], models: Sequence[list[str]] | None,
+def load_models(checkpoints: Sequence[Path], models: Sequence[list[str]] | None,
                   weights: Sequence[str] | None, *, weights_key: str | None, num_classes: int,
-                  labels: Sequence[str] | None, seed: int, others: int = 0) -> list[Subject]:
+                  labels: Sequence[str] | None, seed: int, others: int = 0) -> list[LoadedModel]:
     """The students of `checkpoints`, then each of `models` with its weights, random ones from
     `seed`. `labels` may go on with names for `others` things that are no networks; they are not
     used here."""
@@ -96,19 +104,19 @@ def load_subjects(checkpoints: Sequence[Path], models: Sequence[list[str]] | Non
     for path, name in zip(checkpoints, folders):
         model, settings, classes = load_trained(path, weights_key)
         name += f" {path.stem}" if folders.count(name) > 1 else ""
-        subjects.append(Subject(name, name, settings["student"], model, settings, classes))
+        subjects.append(LoadedModel(name, name, settings["student"], model, settings, classes))
     for words, source in zip(models, weights):
         torch.manual_seed(fold_seed(seed, "student"))
         model = load_named(words, source, weights_key, num_classes)
         name = " ".join(words) + ("" if source == "published" else f", {Path(source).name}")
-        subjects.append(Subject(name, name, words, model, {}))
-    groups = labels or told_apart([subject.label for subject in subjects])
+        subjects.append(LoadedModel(name, name, words, model, {}))
+    groups = labels or unique_labels([subject.label for subject in subjects])
     for group, found in by_group([subject.words for subject in subjects], groups).items():
         if any(words != found[0] for words in found):
             raise UserError(f"--labels calls different networks {group!r}; give one name to seeds "
                             "of one network only.")
     return [subject._replace(label=label, group=group) for subject, label, group in zip(
-        subjects, told_apart(groups), groups)]
+        subjects, unique_labels(groups), groups)]
 
 
 def by_group(items: Sequence[Any], groups: Sequence[Hashable]) -> dict[Any, list[Any]]:
@@ -119,7 +127,7 @@ def by_group(items: Sequence[Any], groups: Sequence[Hashable]) -> dict[Any, list
     return found
 
 
-def told_apart(labels: Sequence[str]) -> list[str]:
+def unique_labels(labels: Sequence[str]) -> list[str]:
     """`labels`, a number after each that was there before."""
     names: list[str] = []
     for label in labels:
@@ -131,8 +139,8 @@ def told_apart(labels: Sequence[str]) -> list[str]:
     return names
 
 
-def validation_pictures(data_set: list[str] | None, data_path: str | None,
-                        subjects: Sequence[Subject]) -> data.ImageSource:
+def validation_images(data_set: list[str] | None, data_path: str | None,
+                        subjects: Sequence[LoadedModel]) -> data.ImageSource:
     """The validation pictures of the named data set, by default that of the first run. A folder of
     class folders will do where an image folder's val/ is expected."""
     trained = [subject.settings["data_set"] for subject in subjects if subject.settings]
@@ -174,3 +182,144 @@ def shuffled(selection: Selection) -> Selection:
     """The same pictures in a fixed random order, so that a batch has those of many classes."""
     order = torch.randperm(len(selection), generator=generator(0, "analysis"))
     return Selection(selection.source, [selection.indices[i] for i in order.tolist()])
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+NO_PICTURES = ("no pictures, since matplotlib is not installed: pip install matplotlib. Arrays and "
+               "tables are written all the same.")
+
+
+def figure_class() -> "type[Figure] | None":
+    """Matplotlib's figure, which draws without a screen; None where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    return Figure
+
+
+def new_files(paths: Sequence[Path], overwrite: bool) -> None:
+    """Makes the folders of `paths`. Raises UserError where files are there already and would be
+    lost; meant for before the work."""
+    there = [path for path in paths if path.exists()]
+    folders = [path for path in there if path.is_dir()]
+    if folders or (there and not overwrite):
+        raise UserError(f"{', '.join(map(str, (folders or there)[:3]))} "
+                        f"{'is a folder' if folders else 'would be overwritten'}. Give another "
+                        f"--out{'' if folders else ', or add --overwrite'}.")
+    try:
+        for path in paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: cannot make the folder {path.parent} ({error.strerror})."
+                        ) from None
+
+
+def save_array(array: np.ndarray, path: Path) -> None:
+    write_atomically(lambda file: np.save(file, array), path)
+
+
+def save_figure(figure: "Figure", path: Path) -> None:
+    write_atomically(lambda file: figure.savefig(file, format="png", dpi=150), path)
+
+
+def save_tables(text: str, rows: Sequence[Any], base: Path) -> None:
+    """`text` to base.md, `rows` (of one NamedTuple) to base.csv."""
+    write_text_atomically(text + "\n", base.with_suffix(".md"))
+    write_text_atomically(csv_text(rows), base.with_suffix(".csv"))
+
+
+def csv_text(rows: Sequence[Any], digits: int | None = None) -> str:
+    """NamedTuples of one kind under the names of their fields, at least one; an empty cell for
+    None. `digits`: decimals of numbers; None: all that they have."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(type(rows[0])._fields)
+    for row in rows:
+        writer.writerow([round(value, digits) if digits is not None and isinstance(value, float)
+                         else value for value in row])
+    return file.getvalue()
+
+
+def in_lines(label: str, width: int) -> str:
+    """`label` broken into lines, for a picture: no character of it is taken for mathematics."""
+    return textwrap.fill(label, width).replace("$", r"\$")
+
+
+def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]], num_words: int = 1) -> str:
+    """The first `num_words` columns aligned left and the others right."""
+    lines = ["| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
+             for cells in (heads, *rows)]
+    rule = ["---"] * num_words + ["---:"] * (len(heads) - num_words)
+    return "\n".join([lines[0], f"|{'|'.join(rule)}|", *lines[1:]])
+
+
+def file_name(label: str) -> str:
+    """`label` without what a file name should not have."""
+    return re.sub(r"[^\w.=-]+", "_", label).strip("._") or "network"
+
+
+NEEDED = {"teacher": list, "student": list, "loss": list, "epochs": int, "seed": int}
+
+
+class Run(NamedTuple):
+    folder: Path
+    args: dict[str, Any]
+    acc1: float  # last epoch, percent; of the averaged weights when the run kept them
+    num_epochs_done: int
+    teacher_acc1: float | None  # percent
+    records: list[dict[str, Any]]  # an epoch each, as in log.txt
+
+
+def read_run(folder: Path) -> Run:
+    """A run folder's settings and its log.txt; UserError where there is none."""
+    try:
+        args = yaml.safe_load((folder / "args.yaml").read_text())
+        records = read_records(folder / "log.txt")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"{folder} (no run with a finished epoch: {Path(error.filename).name} is "
+                        "missing)") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{folder} (args.yaml or log.txt is damaged: {one_line(error)})") from None
+    wrong = [name for name, kind in NEEDED.items()
+             if not isinstance(args, dict) or not isinstance(args.get(name), kind)]
+    if wrong:
+        raise UserError(f"{folder} (args.yaml has no valid {', '.join(wrong)})")
+    last = records[-1]
+    return Run(folder, args, last.get("test_acc1_ema", last["test_acc1"]), last["epoch"] + 1,
+               last.get("teacher_acc1"), records)
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log.txt, at least one. Raises UserError for one that is none."""
+    records = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            record = json.loads(line)
+            numbers = [record["epoch"], record["test_acc1"], record.get("test_acc1_ema", 0),
+                       record.get("teacher_acc1") or 0]
+            is_good = all(map(math.isfinite, numbers))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            is_good = False
+        if not is_good:
+            raise UserError(f"{path.parent} (line {number} of {path} is no JSON object with epoch "
+                            "and test_acc1)")
+        records.append(record)
+    if not records:
+        raise UserError(f"{path.parent} (no finished epoch)")
+    return records
+
+
+def read_runs(folders: list[Path]) -> tuple[list[Run], list[str]]:
+    """The runs, and what is none with the reason. Raises UserError when nothing is left."""
+    runs, left_out = [], []
+    for folder in folders:
+        try:
+            runs.append(read_run(folder))
+        except UserError as error:
+            left_out.append(str(error))
+    if not runs:
+        raise UserError(f"nothing to report on: {'; '.join(left_out)}.")
+    return runs, left_out

@@ -17,7 +17,7 @@ import torch
 
 import models
 from analysis.bench_branches import PUBLISHED, Shape, Work, largest_error, results, shapes_of
-from analysis.bench_common import (
+from analysis.benchmark.common import (
     DTYPES,
     SHORTEST,
     Seconds,
@@ -35,9 +35,8 @@ from analysis.bench_common import (
     start,
     time_interleaved,
 )
-from models.large_kernel import CHOICES, IMPLEMENTATIONS, choose
-from utils.errors import UserError
-from utils.registry import did_you_mean, parse_spec
+from models.large_kernel.operator import BACKENDS, CHOICES, choose
+from utils.registry import UserError, did_you_mean, parse_spec
 
 PASSES = ("forward", "backward")  # with a gradient per branch, the latter holds a forward pass
 Row = dict[str, Any]
@@ -46,14 +45,14 @@ Row = dict[str, Any]
 def runnable(names: Sequence[str] | None, device: torch.device) -> list[str]:
     """What to compare with "published", which comes first: what is asked for, else all that run
     there. Raises UserError for one that does not."""
-    known = [*IMPLEMENTATIONS, "library"]
+    known = [*BACKENDS, "library"]
     names = names or [name for name in known if name == "library"
-                      or not IMPLEMENTATIONS[name].why_not(device)]
+                      or not BACKENDS[name].why_not(device)]
     for name in names:
         if name not in (*known, PUBLISHED):
             raise UserError(f"--implementations {name!r} is unknown. Known: {', '.join(known)}."
                             f"{did_you_mean(name, known)}")
-        reason = IMPLEMENTATIONS[name].why_not(device) if name in IMPLEMENTATIONS else None
+        reason = BACKENDS[name].why_not(device) if name in BACKENDS else None
         if reason:
             raise UserError(f"--implementations {name} cannot run on {device}: {reason}")
     return [PUBLISHED, *(name for name in dict.fromkeys(names) if name != PUBLISHED)]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import models
-from analysis.bench_common import (
+from analysis.benchmark.common import (
     COPY,
     MATRIX,
     Seconds,
@@ -32,18 +32,18 @@ from analysis.bench_common import (
     start,
     time_interleaved,
 )
+from analysis.benchmark.published import arranged
 from analysis.complexity import count_macs
-from analysis.published import arranged
-from models.large_kernel import CHOICES, describe_choice, use
+from models.distiller import FrozenTeacher
+from models.large_kernel.operator import CHOICES, describe_choice, use
 from models.slak import SLaK
-from models.teacher import FrozenTeacher
 
 PRECISIONS = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Row = dict[str, Any]
 
 
 @torch.no_grad()
-def enliven(model: nn.Module) -> nn.Module:
+def randomize_statistics(model: nn.Module) -> nn.Module:
     """Random layer scales and statistics of the size of trained ones; as they start, no block would
     matter and folding would change nothing."""
     for name, tensor in model.state_dict().items():
@@ -80,7 +80,7 @@ def measure(names: Sequence[str], precisions: Sequence[str], *, batch_size: int,
                     ceiling_actions(device, PRECISIONS[precision]).items()}
     for name in names:
         torch.manual_seed(0)
-        model = enliven(models.create_model(name)).eval()
+        model = randomize_statistics(models.create_model(name)).eval()
         size = model.input_size or model.native_size or input_size
         images = torch.randn(batch_size, 3, size, size, device=device)
         macs = batch_size * count_macs(model, size)

@@ -1,0 +1,146 @@
+"""From the loader's bytes to the network's floats: the batch, and what is done to it on the device,
+in training and evaluation alike."""
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import default_collate
+from torchvision import transforms as T
+
+from utils.registry import UserError
+
+# DeiT's, as in timm; the ratio is drawn uniformly in its logarithm.
+SCALE = (0.02, 1 / 3)
+RATIO = (0.3, 1 / 0.3)
+
+# SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014): the step
+# of its counter and its two multipliers, as signed numbers.
+GAMMA, FIRST, SECOND = (value - 2 ** 64 for value in (
+    0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+
+class Erasure(NamedTuple):
+    top: int
+    left: int
+    height: int
+    width: int
+    key: int  # of the noise
+
+
+Sample = tuple[Tensor, Erasure | None, int, int]  # image (3, H, W) uint8, erasure, label, index
+
+
+def draw_erasure(image: Tensor, prob: float) -> Erasure | None:
+    """A rectangle of (C, H, W) with probability `prob`, as torchvision's RandomErasing draws it;
+    from torch's global generator."""
+    if torch.rand(1) >= prob:
+        return None
+    *rectangle, filling = T.RandomErasing.get_params(image, SCALE, RATIO, [0.0])
+    if filling is image:  # ten rectangles were too large
+        return None
+    return Erasure(*rectangle, int(torch.empty((), dtype=torch.int64).random_()))
+
+
+def erase_(images: Tensor, erased: Tensor, num_pixels: int) -> None:
+    """Fill rectangles of images (N, C, H, W) with N(0, 1) noise for every value.
+
+    `erased` (K, 6), int64, on the images' device: place in the batch, then Erasure's fields.
+    `num_pixels`: their areas' sum, handed in so that nobody waits for the device to tell.
+    """
+    place, top, left, height, width, key = erased.unbind(1)
+    area = height * width
+    owner = torch.repeat_interleave(
+        torch.arange(len(erased), device=erased.device), area, output_size=num_pixels)  # (M,)
+    at = torch.arange(num_pixels, device=erased.device) - (area.cumsum(0) - area)[owner]
+    columns = width[owner]
+    row = at.div(columns, rounding_mode="floor")
+    num_channels = images.shape[1]
+    channel = torch.arange(num_channels, device=erased.device)
+    noise = normal_noise(key[owner, None], at[:, None] * num_channels + channel)  # (M, C)
+    images[place[owner], :, top[owner] + row, left[owner] + at - row * columns] = noise
+
+
+def normal_noise(key: Tensor, counter: Tensor) -> Tensor:
+    """N(0, 1) in float32 for every key and counter (int64): SplitMix64's output number `counter`
+    from the seed `key`, its upper 23 bits sent through the normal distribution's quantiles."""
+    bits = key + (counter + 1) * GAMMA  # integers wrap around
+    for shift, factor in ((30, FIRST), (27, SECOND)):
+        bits = (bits ^ _shift_right(bits, shift)) * factor
+    bits ^= _shift_right(bits, 31)
+    uniform = (_shift_right(bits, 41).float() + 0.5) * 2.0 ** -22 - 1  # exact, within (-1, 1)
+    return uniform.erfinv_().mul_(math.sqrt(2))
+
+
+def _shift_right(bits: Tensor, by: int) -> Tensor:
+    """As if the numbers were unsigned: zeros come in."""
+    return (bits >> by) & (2 ** (64 - by) - 1)
+
+
+@dataclass
+class ImageBatch:
+    """A batch of pictures as bytes, and where they are to be erased."""
+
+    pixels: Tensor  # (N, 3, H, W) uint8, channels-last in memory
+    erased: Tensor  # (K, 6) int64: place in the batch, then Erasure's fields
+    num_erased: int = 0  # pixels in all rectangles together
+
+    @classmethod
+    def blank(cls, number: int, input_size: int) -> "ImageBatch":
+        """Black ones, nothing erased."""
+        return cls(torch.zeros(number, 3, input_size, input_size, dtype=torch.uint8),
+                   torch.zeros(0, 6, dtype=torch.int64))
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def to(self, device: torch.device, *, non_blocking: bool = False,
+           memory_format: torch.memory_format = torch.preserve_format) -> "ImageBatch":
+        # Copied as they lie, so that pinned memory goes without waiting; reordered there.
+        pixels = self.pixels.to(device, non_blocking=non_blocking)
+        if memory_format is not torch.preserve_format:
+            pixels = pixels.contiguous(memory_format=memory_format)
+        return replace(self, pixels=pixels,
+                       erased=self.erased.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "ImageBatch":  # torch's loader asks for it by this name
+        return replace(self, pixels=self.pixels.pin_memory(), erased=self.erased.pin_memory())
+
+
+def collate(samples: Sequence[Sample]) -> tuple[ImageBatch, Tensor, Tensor]:
+    """(pictures, labels (N,), indices (N,))."""
+    images, erasures, labels, indices = zip(*samples)
+    # Stacked as they lie in memory, (H, W, 3): one copy, in a worker straight into shared memory.
+    pixels = default_collate([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
+    erased = [(place, *erasure) for place, erasure in enumerate(erasures) if erasure is not None]
+    rows = torch.tensor(erased, dtype=torch.int64).view(-1, 6)
+    num_erased = sum(erasure.height * erasure.width for erasure in erasures if erasure is not None)
+    return ImageBatch(pixels, rows, num_erased), torch.tensor(labels), torch.tensor(indices)
+
+
+class BatchTransform:
+    """ImageBatch -> float32 (N, 3, H, W), normalised, then erased, all on their device.
+
+    `mean` and `std` are of pixels in 0..1. Normalising is one multiplication and one addition:
+    within 1e-6 of torchvision's ToTensor and Normalize.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float],
+                 device: torch.device | str = "cpu") -> None:
+        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+            raise UserError(f"mean is {tuple(mean)} and std is {tuple(std)}; both need three "
+                            "numbers (red, green, blue), those of std above 0.")
+        means, stds = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1)
+                       for values in (mean, std))
+        self.scale, self.shift = (value.float().to(device)
+                                  for value in (1 / (255 * stds), -means / stds))
+
+    def __call__(self, pictures: ImageBatch) -> Tensor:
+        images = pictures.pixels.float()
+        torch.addcmul(self.shift, images, self.scale, out=images)
+        if len(pictures.erased):
+            # After normalisation, so that N(0, 1) noise has the statistics of what is around it.
+            erase_(images, pictures.erased, pictures.num_erased)
+        return images
