@@ -1,7 +1,7 @@
 """One step, one epoch, one evaluation. Handed objects; knows no model and no loss by name."""
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -18,9 +18,7 @@ from utils.registry import NonFiniteLoss
 from utils.rng import fold_seed
 
 SMALLEST_SCALE = 2.0 ** -14  # of the loss; it starts at 2 ** 16 and halves at every overflow
-# What measures a batch after its backward pass: called with the images, the targets, what the
-# teacher gave and what scales a loss, it returns scalars by name. NaN: no figure this time.
-Probe = Callable[[Tensor, Tensor, Any, Callable[[Tensor], Tensor]], dict[str, Tensor]]
+NO_LOSS_TERMS = {"grad_norm", "teacher_acc1", "teacher_entropy", "agreement"}
 AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -30,7 +28,7 @@ class Masks(Protocol):
     masks: dict[str, Tensor]  # of the student's parameters, by name
 
     def step(self, step: int) -> None: ...
-    def figures(self) -> dict[str, float]: ...
+    def metrics(self) -> dict[str, float]: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
@@ -52,13 +50,24 @@ class TrainState:
     meter: Meter = field(default_factory=Meter)  # of the epoch in progress
 
     def networks(self) -> dict[str, nn.Module]:
-        """What is evaluated, by the suffix of its figures: the student and its average."""
-        student = {"": self.distiller.student}
-        return student if self.ema is None else {**student, "_ema": self.ema.model}
+        """What is evaluated, by the suffix of its log keys: the student and its average."""
+        networks = {"": self.distiller.student}
+        if self.ema is not None:
+            networks["_ema"] = self.ema.model
+        return networks
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """What the log shows beside the epoch's means."""
-        return self.sparsity.figures() if self.sparsity else {}
+        return self.sparsity.metrics() if self.sparsity else {}
+
+    def finish_epoch(self, acc1: dict[str, float]) -> list[str]:
+        """Count the epoch with its top-1 by suffix, percent. Returns the suffixes that were never
+        as good."""
+        self.epoch += 1
+        improved = [suffix for suffix in acc1 if acc1[suffix] > self.best[f"best_acc1{suffix}"]]
+        for suffix in improved:
+            self.best[f"best_acc1{suffix}"] = acc1[suffix]
+        return improved
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -91,6 +100,20 @@ class TrainState:
         self.best = {name: state[name] for name in self.best if name in state}
 
 
+def build_state(distiller: nn.Module, optimizer: torch.optim.Optimizer, *, device: torch.device,
+                amp_dtype: torch.dtype | None, ema: ModelEma | None = None,
+                sparsity: Masks | None = None, wrapped: nn.Module | None = None,
+                classes: Sequence[str] = ()) -> TrainState:
+    """The state of a run that begins. `wrapped`: the distiller in DDP; None: the distiller."""
+    best = {"best_acc1": -math.inf}
+    if ema is not None:
+        best["best_acc1_ema"] = -math.inf
+    return TrainState(
+        distiller=distiller, optimizer=optimizer, ema=ema, sparsity=sparsity,
+        wrapped=distiller if wrapped is None else wrapped, best=best, classes=list(classes),
+        scaler=torch.amp.GradScaler(device.type, enabled=amp_dtype is torch.float16))
+
+
 class StepOptions(NamedTuple):
     """How a step computes; nothing here depends on what is trained."""
 
@@ -100,7 +123,7 @@ class StepOptions(NamedTuple):
     accum_steps: int  # micro-batches per update
     clip_grad: float | None  # largest L2 norm of the gradient; None: as it is
     seed: int
-    prepare: Callable[[Any], Tensor] | None = None  # what the loader gives -> images, on the device
+    batch_transform: Callable[[Any], Tensor] | None = None  # loader's images -> floats, on device
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=self.amp_dtype or torch.bfloat16,
@@ -108,22 +131,21 @@ class StepOptions(NamedTuple):
 
     def to_device(self, images: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
         images = images.to(self.device, non_blocking=True, memory_format=self.memory_format)
-        if self.prepare is not None:
-            images = self.prepare(images)
+        if self.batch_transform is not None:
+            images = self.batch_transform(images)
         return images, labels.to(self.device, non_blocking=True)
 
 
 def train_one_epoch(state: TrainState, loader: Any, teacher: nn.Module | None, mix: Callable,
                     schedule: Callable[[int], dict[str, float]], *, options: StepOptions,
                     steps_per_epoch: int, print_every: int,
-                    after_update: Callable[[TrainState], bool],
-                    probe: Probe | None = None) -> dict[str, float] | None:
+                    after_update: Callable[[TrainState], bool]) -> dict[str, float] | None:
     """Train epoch `state.epoch` from wherever `state.step` stands in it, to its end.
 
     `mix(images, labels, seed)` -> (images, targets). `schedule(step)` -> lr and weight_decay.
     `after_update(state)` returns True to stop early; the epoch then returns None, else the epoch's
-    means: raw loss terms, `loss` (their weighted sum), `grad_norm`, `images_per_second`, and what
-    `probe` measures every `print_every` updates and, as an epoch may be shorter, at its last one.
+    means: raw loss terms, `loss` (their weighted sum), `grad_norm`, `images_per_second`, and with a
+    teacher those of `teacher_metrics`.
     Raises NonFiniteLoss at the next print interval after a term became NaN or infinite.
     """
     state.wrapped.train()
@@ -133,19 +155,18 @@ def train_one_epoch(state: TrainState, loader: Any, teacher: nn.Module | None, m
     batches = iter(loader.start_at(state.epoch, done * options.accum_steps))
     start, num_images = time.perf_counter(), 0
     with progress(f"epoch {state.epoch}", steps_per_epoch, initial=done, unit="step") as bar:
-        for nth in range(done + 1, steps_per_epoch + 1):
-            is_measured = (state.step + 1) % print_every == 0 or nth == steps_per_epoch
-            values = schedule(state.step)
-            set_hyperparameters(state.optimizer, **values)
-            num_images += accumulate_gradients(state, batches, teacher, mix, options,
-                                               probe=probe if is_measured else None)
+        for _ in range(done, steps_per_epoch):
+            hyperparameters = schedule(state.step)
+            set_hyperparameters(state.optimizer, **hyperparameters)
+            num_images += accumulate_gradients(state, batches, teacher, mix, options)
             optimizer_update(state, options.clip_grad)
             bar.update()
             if state.step % print_every == 0:
                 means = checked_means(state)
                 shown = "".join(f", {name.replace('_', ' ')} {value:.3f}"
-                                for name, value in state.figures().items())
-                bar.set_postfix_str(f"loss {means['loss']:.3f}, lr {values['lr']:.1e}{shown}")
+                                for name, value in state.metrics().items())
+                bar.set_postfix_str(
+                    f"loss {means['loss']:.3f}, lr {hyperparameters['lr']:.1e}{shown}")
             if after_update(state):
                 return None
     means = checked_means(state)
@@ -156,37 +177,51 @@ def train_one_epoch(state: TrainState, loader: Any, teacher: nn.Module | None, m
 
 
 def accumulate_gradients(state: TrainState, batches: Iterator, teacher: nn.Module | None,
-                         mix: Callable, options: StepOptions, *, probe: Probe | None = None) -> int:
-    """Forward and backward of the micro-batches of one update; the number of images seen here.
-
-    `probe` measures the last one, with the random numbers that it was trained with.
-    """
-    def scaled(loss: Tensor) -> Tensor:
-        return state.scaler.scale(loss / options.accum_steps)
-
+                         mix: Callable, options: StepOptions) -> int:
+    """Forward and backward of the micro-batches of one update; the number of images seen here."""
     num_images = 0
     for micro in range(options.accum_steps):
-        images, labels, _ = next(batches)
-        num_images += len(images)
-        images, labels = options.to_device(images, labels)
+        batch = next(batches)
+        num_images += len(batch.images)
+        images, labels = options.to_device(batch.images, batch.labels)  # (N, 3, H, W), (N,)
         counters = (state.step, micro, rank())
         images, targets = mix(images, labels, fold_seed(options.seed, "mixup", *counters))
-        seed = fold_seed(options.seed, "drop path", *counters)
-        torch.manual_seed(seed)
+        torch.manual_seed(fold_seed(options.seed, "drop path", *counters))
         is_last = micro + 1 == options.accum_steps
         is_ddp = isinstance(state.wrapped, DistributedDataParallel)
         with nullcontext() if is_last or not is_ddp else state.wrapped.no_sync():
             with options.autocast():
-                teacher_output = teacher(images) if teacher is not None else None
-                total, terms = state.wrapped(images, targets, teacher_output)
-            scaled(total).backward()
+                teacher_output = None
+                if teacher is not None:
+                    teacher_output = teacher.forward_with_features(images)
+                total, terms, student_logits = state.wrapped(images, targets, teacher_output)
+            state.scaler.scale(total / options.accum_steps).backward()
         state.meter.add({**terms, "loss": total}, state.step)
-        if probe is not None and is_last:
-            torch.manual_seed(seed)
-            with options.autocast():
-                figures = probe(images, targets, teacher_output, scaled)
-            state.meter.add(figures, state.step, may_be_missing=True)
+        if teacher_output is not None:
+            state.meter.add(teacher_metrics(student_logits, teacher_output.logits, targets),
+                            state.step)
     return num_images
+
+
+def teacher_metrics(student_logits: Tensor, teacher_logits: Tensor | None,
+                    targets: Tensor) -> dict[str, Tensor]:
+    """What passes from teacher to student on a training batch, as scalars; nothing for a teacher
+    without logits.
+
+    - `teacher_acc1`: percent of the images whose top class by the teacher is the one with the
+      largest target. Of two mixed images that is the one with more of the area or weight.
+    - `teacher_entropy`: of the teacher's softmax, in nats, mean over the images; log K at most.
+    - `agreement`: percent of the images where teacher and student, in training mode, have the same
+      top class.
+    """
+    if teacher_logits is None:
+        return {}
+    labels = targets if targets.dim() == 1 else targets.argmax(1)
+    teacher_logits = teacher_logits.float()
+    top = teacher_logits.argmax(1)
+    return {"teacher_acc1": 100 * (top == labels).float().mean(),
+            "teacher_entropy": torch.special.entr(teacher_logits.softmax(1)).sum(1).mean(),
+            "agreement": 100 * (top == student_logits.argmax(1)).float().mean()}
 
 
 def optimizer_update(state: TrainState, clip_grad: float | None) -> None:
@@ -220,8 +255,9 @@ def checked_means(state: TrainState) -> dict[str, float]:
         means |= {other: math.nan for at, other in failures if at == step}
         values = ", ".join(f"{key} {value:.4g}" for key, value in means.items())
         lr = max(group["lr"] for group in state.optimizer.param_groups)
+        what = repr(name) if name in NO_LOSS_TERMS else f"loss term {name!r}"
         raise NonFiniteLoss(
-            f"{'loss term ' * (name != 'grad_norm')}{name!r} became NaN or infinite at update "
+            f"{what} became NaN or infinite at update "
             f"{step:.0f}, noticed at update {state.step} (means of the epoch until then: {values}; "
             f"lr {lr:.1e}, gradient scale "
             f"{state.scaler.get_scale():g}). The last checkpoint is from before it. Lower --lr, "
@@ -256,16 +292,16 @@ def evaluate(model: nn.Module, loader: Any, *, options: StepOptions, description
     model.eval()
     results = []
     with progress(description, len(loader)) as bar:
-        for images, labels, indices in loader:
-            images, labels_there = options.to_device(images, labels)
+        for batch in loader:
+            images, labels = options.to_device(batch.images, batch.labels)
             with options.autocast():
-                output = model(images)
-            logits = output if isinstance(output, Tensor) else output.logits
-            results.append((indices, labels, *sample_results(logits, labels_there)))
+                logits = model(images)
+            results.append((batch.indices, batch.labels, batch.readable,
+                            *sample_results(logits, labels)))
             bar.update()
     model.train(was_training)
     columns = [torch.cat(column).cpu() for column in zip(*results)] if results else _no_samples()
-    readable = columns[0] >= 0  # a negative index marks a picture that was skipped
+    readable = columns.pop(2)
     index, label, top5, prob, loss = (column[readable] for column in columns)
     hits = top5 == label[:, None]
     agreeing = top5[:, 0] == reference[index] if reference is not None else torch.zeros(0)
@@ -293,4 +329,4 @@ def sample_results(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tens
 def _no_samples() -> list[Tensor]:
     """What a process has whose share of a tiny data set is empty."""
     empty = torch.zeros(0, dtype=torch.long)
-    return [empty, empty, empty.view(0, 5), torch.zeros(0), torch.zeros(0)]
+    return [empty, empty, empty.bool(), empty.view(0, 5), torch.zeros(0), torch.zeros(0)]

@@ -18,80 +18,114 @@ from torch import Tensor, nn
 import data
 import engine
 import models
-from analysis.complexity import count_macs
-from models.large_kernel.operator import CHOICES, describe_choice, use
+from models.large_kernel.operator import ACCEPTED, describe_choice, set_backend
 from models.weights import Trained, load_named, load_trained
-from utils import checkpoint, config, distributed
+from utils import checkpoint, distributed
+from utils.config import Parser, at_least, program
 from utils.log import print_once
 from utils.registry import UserError, parse_spec
 
 
-def build_parser() -> config.Parser:
-    parser = config.Parser(prog="eval.py", description=__doc__.split("\n")[0])
+def build_parser() -> Parser:
+    parser = Parser(prog="eval.py", description=__doc__.split("\n")[0])
     flag = parser.add_argument
     flag("--checkpoint", type=Path, metavar="FILE",
          help="a checkpoint of train_kd.py; it knows its model, data set and input size")
     flag("--model", nargs="+", metavar="NAME", help="NAME [key=value ...], with --weights; one of: "
          + ", ".join(models.list_models()))
     flag("--weights", metavar="SOURCE", help="path, URL or published")
-    flag("--weights-key", default=None, help="model, or model_ema for the averaged weights")
-    flag("--num-classes", type=int, default=1000, help="classes of --weights")
-    flag("--data-set", nargs="+", default=None, metavar="NAME",
+    flag("--weights-key", help="model, or model_ema for the averaged weights")
+    flag("--num-classes", type=at_least(1), default=1000, help="classes of --weights")
+    flag("--data-set", nargs="+", metavar="NAME",
          help="NAME [key=value ...], by default the checkpoint's, else imagefolder; one of: "
          + ", ".join(data.list_datasets()))
-    flag("--data-path", default=None,
+    flag("--data-path",
          help="folder that holds val/; of ImageNet's test sets, the folder as it was unpacked")
-    flag("--input-size", type=int, default=None, help="by default the checkpoint's, else 224 px")
-    flag("--crop-pct", type=float, default=None,
+    flag("--input-size", type=at_least(1),
+         help="by default the checkpoint's, else the model's own, in pixels")
+    flag("--crop-pct", type=float,
          help="by default the data set's own, else the checkpoint's, else 224/256")
-    flag("--batch-size", type=int, default=96, help="images per process")
-    flag("--num-workers", type=int, default=10, help="loader processes per process")
+    flag("--batch-size", type=at_least(1), default=96, help="images per process")
+    flag("--num-workers", type=at_least(0), default=10, help="loader processes per process")
     flag("--skip-bad-images", action=argparse.BooleanOptionalAction, default=False,
-         help="leave unreadable pictures out of the count instead of stopping")
+         help="leave unreadable images out of the count instead of stopping")
     flag("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to run")
     flag("--amp", choices=list(engine.AMP_DTYPES), default="none", help="mixed precision")
-    flag("--large-kernel", choices=CHOICES, default="auto",
+    flag("--large-kernel", choices=ACCEPTED, default="auto",
          help="code for large depthwise kernels (docs/performance.md); equal up to rounding")
     flag("--predictions", type=Path, metavar="NPZ", help="save what was predicted for every image")
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    return distributed.run_program("eval.py", lambda: run(
-        build_parser().parse(sys.argv[1:] if argv is None else argv)))
-
-
-def run(args: argparse.Namespace) -> int:
+@program("eval.py", build_parser)
+def main(args: argparse.Namespace) -> int:
     device = distributed.setup(args.device)
     check_flags(args)
-    trained = checkpoint_model(args) if args.checkpoint else named_model(args)
-    model, source = trained.model, build_source(args, trained)
-    macs = count_macs(model, args.input_size)
-    print_once(f"{model.num_parameters:,} parameters, {macs / 1e9:.3f} G multiply-accumulates at "
-        f"{args.input_size} px")
-    num_parameters = model.num_parameters
+
+    # The model: of a checkpoint, which knows its run, or by name.
+    if args.checkpoint:
+        trained = load_trained(args.checkpoint, args.weights_key)
+        print_once(f"{' '.join(trained.settings['student'])} from {args.checkpoint}")
+    else:
+        model = load_named(args.model, args.weights, args.weights_key, args.num_classes)
+        trained = Trained(model, settings={}, classes=None)
+        print_once(f"{' '.join(args.model)}, weights {args.weights}")
+    model, settings, classes = trained
+
+    # The data set, its labels those of the model. What no flag says, the run or the model does.
+    input_size = args.input_size or settings.get("input_size") or model.input_size
+    if model.fixed_size and input_size != model.input_size:
+        raise UserError(f"--input-size {input_size}: this model takes {model.input_size} px only.")
+    name, options = parse_spec(args.data_set or settings.get("data_set") or ["imagefolder"],
+                               "--data-set")
+    source = data.create_dataset(name, "val", args.data_path, **options)
+    source.align(classes, model.num_classes)
+    crop_pct = args.crop_pct
+    if crop_pct is None:
+        crop_pct = source.crop_pct or settings.get("crop_pct")
+
+    # Counted as it is trained, then folded for speed.
+    num_parameters, macs = model.num_parameters, model.count_macs(input_size)
+    print_once(f"{num_parameters:,} parameters, {macs / 1e9:.3f} G MACs at {input_size} px")
     model = model.eval().fold().to(device, memory_format=torch.channels_last)
-    use(args.large_kernel, model)
-    dtype = engine.AMP_DTYPES[args.amp] or torch.float32
-    print_once(f"on {device}, precision {args.amp}{describe_choice(model, device, dtype)}")
-    options = engine.StepOptions(
-        device=device, amp_dtype=engine.AMP_DTYPES[args.amp], accum_steps=1,
-        memory_format=torch.channels_last, clip_grad=None, seed=0,
-        prepare=data.BatchTransform(model.input_mean, model.input_std, device))
+    set_backend(args.large_kernel, model)
+    amp_dtype = engine.AMP_DTYPES[args.amp]
+    print_once(f"on {device}, precision {args.amp}"
+               f"{describe_choice(model, device, amp_dtype or torch.float32)}")
+    step_options = engine.StepOptions(
+        device=device, amp_dtype=amp_dtype, accum_steps=1, memory_format=torch.channels_last,
+        clip_grad=None, seed=0,
+        batch_transform=data.BatchTransform(model.input_mean, model.input_std, device))
+
+    # Every image once, whatever the number of processes, among the classes that compete.
+    network = model
+    if source.competing is not None:
+        network = Competing(model, source.competing).to(device).eval()
     loader = data.eval_loader(
-        source, data.eval_transform(args.input_size, crop_pct=args.crop_pct),
-        batch_size=args.batch_size, num_workers=args.num_workers,
-        skip_bad_images=args.skip_bad_images, pin_memory=device.type == "cuda")
+        source, data.eval_transform(input_size, crop_pct=crop_pct), batch_size=args.batch_size,
+        num_workers=args.num_workers, skip_bad_images=args.skip_bad_images,
+        pin_memory=device.type == "cuda")
     start = time.perf_counter()
     with closing(loader):
-        result, figures = evaluate(model, source, loader, options)
+        result = engine.evaluate(network, loader, options=step_options)
     seconds = time.perf_counter() - start
-    print_once(report(result, {
-        **figures, "parameters": f"{num_parameters:,}",
-        "multiply-accumulates": f"{macs / 1e9:.3f} G",
-        "images/s, with loading, all processes": f"{result.num_samples / seconds:.0f}",
-        f"images/s, network alone, batch {args.batch_size}":
-            f"{throughput(model, options, args.input_size, args.batch_size):.0f}"}))
+
+    # The report.
+    rows = {"images": f"{result.num_samples:,}", "top-1": f"{result.acc1:.2f} %",
+            "top-5": f"{result.acc5:.2f} %", "cross-entropy": f"{result.loss:.4f}"}
+    if source.competing is not None:
+        rows["classes"] = f"{len(source.competing)} of the model's {model.num_classes} compete"
+        top5 = result.samples["top5"]  # below five classes filled with -1, as everywhere
+        top5[~torch.isin(top5, torch.tensor(source.competing))] = -1
+    if source.metric is not None:
+        counts = source.metric.count(result.samples["index"], result.samples["top5"])
+        rows |= source.metric.rows(distributed.sum_over_ranks(counts))
+    alone = throughput(model, step_options, input_size, args.batch_size)
+    rows |= {"parameters": f"{num_parameters:,}", "MACs": f"{macs / 1e9:.3f} G",
+             "images/s, with loading, all processes": f"{result.num_samples / seconds:.0f}",
+             f"images/s, network alone, batch {args.batch_size}": f"{alone:.0f}"}
+    width = max(map(len, rows))
+    print_once("\n".join(f"{name:<{width}}  {value}" for name, value in rows.items()))
     if args.predictions:
         save_predictions(result, source, args.predictions)
     return 0
@@ -105,44 +139,10 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.checkpoint and (args.weights or "num_classes" in args.given):
         raise UserError("--checkpoint knows its weights and classes; leave out --weights and "
                         "--num-classes, or use --model NAME --weights FILE.")
-    if args.batch_size < 1 or args.num_workers < 0:
-        raise UserError("--batch-size must be at least 1 and --num-workers at least 0.")
-    if args.input_size is not None and args.input_size < 1:
-        raise UserError(f"--input-size must be at least 1, got {args.input_size}.")
     if args.predictions and (args.predictions.suffix != ".npz" or args.predictions.is_dir()
                              or not args.predictions.absolute().parent.is_dir()):
         raise UserError(f"--predictions {args.predictions} must be a file name ending in .npz in a "
                         "folder that exists.")
-
-
-def checkpoint_model(args: argparse.Namespace) -> Trained:
-    """The student of a training checkpoint."""
-    trained = load_trained(args.checkpoint, args.weights_key)
-    print_once(f"{' '.join(trained.settings['student'])} from {args.checkpoint}")
-    return trained
-
-
-def named_model(args: argparse.Namespace) -> Trained:
-    model = load_named(args.model, args.weights, args.weights_key, args.num_classes)
-    print_once(f"{' '.join(args.model)}, weights {args.weights}")
-    return Trained(model, settings={}, classes=None)
-
-
-def build_source(args: argparse.Namespace, trained: Trained) -> data.ImageSource:
-    """The data set, with the model's labels; fills in the flags that were not given."""
-    model, settings, classes = trained
-    args.data_set = args.data_set or settings.get("data_set") or ["imagefolder"]
-    args.input_size = (args.input_size or settings.get("input_size") or model.input_size
-                       or model.native_size or 224)
-    if model.input_size not in (None, args.input_size):
-        raise UserError(f"--input-size {args.input_size}: this model takes {model.input_size} px "
-                        "only.")
-    name, options = parse_spec(args.data_set, "--data-set")
-    source = data.create_dataset(name, "val", args.data_path, **options)
-    if args.crop_pct is None:
-        args.crop_pct = getattr(source, "crop_pct", None) or settings.get("crop_pct")
-    data.align(source, classes, model.num_classes)
-    return source
 
 
 class Competing(nn.Module):
@@ -159,24 +159,6 @@ class Competing(nn.Module):
         return self.model(images).masked_fill(self.is_out, -torch.inf)
 
 
-def evaluate(model: models.VisionModel, source: data.ImageSource, loader: data.Loader,
-             options: engine.StepOptions) -> tuple[engine.Evaluation, dict[str, str]]:
-    """Its result among the classes that the data set lets compete, and the rows that this adds."""
-    figures, competing = {}, getattr(source, "competing", None)
-    if competing is None:
-        result = engine.evaluate(model, loader, options=options)
-    else:
-        figures["classes"] = f"{len(competing)} of the model's {model.num_classes} compete"
-        network = Competing(model, competing).to(options.device).eval()
-        result = engine.evaluate(network, loader, options=options)
-        top5 = result.samples["top5"]  # below five classes filled with -1, as everywhere
-        top5[~torch.isin(top5, torch.tensor(competing))] = -1
-    if hasattr(source, "figures"):
-        counts = source.count(result.samples["index"], result.samples["top5"])
-        figures |= source.figures(distributed.sum_over_ranks(counts))
-    return result, figures
-
-
 @torch.no_grad()
 def throughput(model: models.VisionModel, options: engine.StepOptions, input_size: int,
                batch_size: int, repeats: int = 5) -> float:
@@ -190,13 +172,6 @@ def throughput(model: models.VisionModel, options: engine.StepOptions, input_siz
             model(images)[0, 0].item()  # waits for the device
             seconds.append(time.perf_counter() - start)
     return batch_size / float(np.median(seconds[1:]))
-
-
-def report(result: engine.Evaluation, rest: dict[str, str]) -> str:
-    rows = {"images": f"{result.num_samples:,}", "top-1": f"{result.acc1:.2f} %",
-            "top-5": f"{result.acc5:.2f} %", "cross-entropy": f"{result.loss:.4f}", **rest}
-    width = max(map(len, rows))
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
 
 
 def save_predictions(result: engine.Evaluation, source: data.ImageSource, path: Path) -> None:

@@ -6,13 +6,12 @@ The defaults are the published ImageNet recipe. `--config run_scripts/recipes/NA
 others; the command line wins.
 """
 import argparse
+import copy
 import math
 import sys
-from collections.abc import Callable
 from contextlib import closing
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,52 +21,41 @@ import data
 import engine
 import losses
 import models
-from analysis.describe import describe_cost, describe_network
-from models.distiller import Distiller, FrozenTeacher, OnOwnStream
-from models.health import measure_health
-from models.large_kernel.operator import CHOICES, describe_choice, use
-from models.sparsity import SparseMask, add_sparsity_flags
-from models.weights import fetch_weights
-from utils import checkpoint, config, distributed, optim
+from models.distiller import Distiller, FrozenTeacher
+from models.large_kernel.operator import ACCEPTED, describe_choice, set_backend
+from models.sparsity import GROWTHS, INITS, LAYERS, SparseMask
+from models.weights import load_named
+from utils import checkpoint, distributed, optim
+from utils.config import Parser, at_least, below_one, between, plain, program
 from utils.log import RunLog, peak_memory_gib, print_once, summary_writer_class
-from utils.optim import ModelEma, resolve_batch
-from utils.registry import UserError, parse_spec
+from utils.registry import UserError
 from utils.rng import fold_seed
 from utils.run_name import run_name
 
-
-def build_parser() -> config.Parser:
-    parser = config.Parser(prog="train_kd.py", description=__doc__.split("\n")[0])
-    group = parser.add_argument_group("what is trained (NAME [key=value ...])")
-    group.add_argument("--teacher", nargs="+", default=["none"], metavar="NAME",
-                       help="none, or one of: " + ", ".join(models.list_models()))
-    group.add_argument("--teacher-weights", default="published", metavar="SOURCE",
-                       help="path, URL, published, or random")
-    group.add_argument("--teacher-weights-key", metavar="KEY",
-                       help="model, or model_ema for averaged weights, where a file has both")
-    group.add_argument("--student", nargs="+", default=["resnet50"], metavar="NAME",
-                       help="same names as --teacher")
-    group.add_argument("--student-weights", default="random", metavar="SOURCE",
-                       help="start from: path, URL, published, or random")
-    group.add_argument("--student-weights-key", metavar="KEY", help="as for the teacher")
-    group.add_argument("--loss", nargs="+", action="append", metavar="NAME",
-                       help="may be repeated; weight=1 and the loss's own options; one of: "
-                       + ", ".join(losses.list_losses()) + " (default: nkd; ce without a teacher)")
-    _add_data_flags(parser)
-    optim.add_optimisation_flags(parser)
-    add_sparsity_flags(parser)
-    _add_run_flags(parser)
-    return parser
+GIB_PER_FLOAT = 4 / 2 ** 30
+switch = argparse.BooleanOptionalAction  # --flag and --no-flag
 
 
-def _add_data_flags(parser: config.Parser) -> None:
-    group = parser.add_argument_group("data and augmentation")
-    flag = group.add_argument
+def build_parser() -> Parser:
+    parser = Parser(prog="train_kd.py", description=__doc__.split("\n")[0])
+    flag = parser.add_argument_group("what is trained (NAME [key=value ...])").add_argument
+    flag("--teacher", nargs="+", default=["none"], metavar="NAME",
+         help="none, or one of: " + ", ".join(models.list_models()))
+    flag("--teacher-weights", default="published", metavar="SOURCE", help="path, URL, or random")
+    flag("--teacher-weights-key", metavar="KEY", help="model, or model_ema for averaged weights")
+    flag("--student", nargs="+", default=["resnet50"], metavar="NAME", help="same names")
+    flag("--student-weights", default="random", metavar="SOURCE", help="path, URL, or published")
+    flag("--student-weights-key", metavar="KEY", help="as for the teacher")
+    flag("--loss", nargs="+", action="append", metavar="NAME",
+         help="may be repeated; weight=1 and the loss's own options; one of: "
+         + ", ".join(losses.list_losses()) + " (default: nkd; ce without a teacher)")
+
+    flag = parser.add_argument_group("data and augmentation").add_argument
     flag("--data-set", nargs="+", default=["imagefolder"], metavar="NAME",
          help="imagefolder, cifar100, or outlines (embedded), with key=value options")
-    flag("--data-path", default=None, help="folder that holds train/ and val/")
-    flag("--input-size", type=int, default=224, help="pixels")
-    flag("--crop-pct", type=float, default=None, help="evaluation crop; by default 224/256")
+    flag("--data-path", help="folder that holds train/ and val/")
+    flag("--input-size", type=at_least(1), default=224, help="pixels")
+    flag("--crop-pct", type=float, help="evaluation crop; by default 224/256")
     flag("--scale", type=float, nargs=2, default=[0.08, 1.0], help="area of the random crop")
     flag("--ratio", type=float, nargs=2, default=[3 / 4, 4 / 3], help="aspect of the random crop")
     flag("--hflip", type=float, default=0.5, help="probability of a horizontal flip")
@@ -78,405 +66,384 @@ def _add_data_flags(parser: config.Parser) -> None:
     flag("--mixup-prob", type=float, default=1.0, help="probability to mix a batch")
     flag("--mixup-switch-prob", type=float, default=0.5, help="share of cutmix where both are on")
     flag("--smoothing", type=float, default=0.1, help="label smoothing of the targets")
-    flag("--fast-decode", action=argparse.BooleanOptionalAction, default=False,
-         help="scaled JPEG decoding, integer resize; 0.03 to 1.3 grey levels off in the mean")
-    flag("--num-workers", type=int, default=10, help="loader processes per training process")
-    flag("--skip-bad-images", action=argparse.BooleanOptionalAction, default=False,
-         help="count and report unreadable pictures instead of stopping")
+    flag("--fast-decode", action=switch, default=False, help="approximate decoding (docs/data.md)")
+    flag("--num-workers", type=at_least(0), default=10, help="loader processes per process")
+    flag("--skip-bad-images", action=switch, default=False, help="report them instead of stopping")
+
+    add_optimisation_flags(parser)
+    add_running_flags(parser)
+    return parser
 
 
-def _add_run_flags(parser: config.Parser) -> None:
-    group = parser.add_argument_group("running, saving, resuming")
-    flag = group.add_argument
+def add_optimisation_flags(parser: Parser) -> None:
+    flag = parser.add_argument_group("optimisation").add_argument
+    flag("--epochs", type=at_least(1), default=300, help="epochs")
+    flag("--batch-size", type=at_least(1), default=64, help="images per process and micro-batch")
+    flag("--effective-batch", type=at_least(1), default=4096, help="images per update, in total")
+    flag("--accum-steps", "--update-freq", type=at_least(1),
+         help="micro-batches per update; by default what --effective-batch needs")
+    flag("--lr", type=at_least(0.0), default=4e-3, help="peak rate, not scaled with the batch")
+    flag("--min-lr", type=at_least(0.0), default=1e-6, help="where the cosine ends")
+    flag("--warmup-epochs", type=at_least(0.0), default=20, help="linear warm-up from 0, in epochs")
+    flag("--warmup-steps", type=at_least(0), help="the same in updates; wins")
+    flag("--weight-decay", type=at_least(0.0), default=0.05, help="AdamW's, not on 1-D parameters")
+    flag("--weight-decay-end", type=at_least(0.0), help="cosine towards it; default constant")
+    flag("--layer-decay", type=float, default=1.0, help="layer-wise learning rate decay, 1 = off")
+    flag("--opt-betas", type=below_one, nargs=2, default=[0.9, 0.999], help="AdamW's")
+    flag("--opt-eps", type=at_least(0.0), default=1e-8, help="AdamW's")
+    flag("--clip-grad", type=at_least(0.0), help="largest gradient norm; default: no limit")
+    flag("--model-ema", action=switch, default=False, help="average the weights, evaluate both")
+    flag("--model-ema-decay", type=below_one, default=0.9999, help="per update")
+    flag("--model-ema-warmup", action=switch, default=False, help="smaller decay first; short runs")
+    flag("--seed", type=between(0, 2 ** 63 - 1), default=0, help="of everything random")
+
+    flag = parser.add_argument_group("sparse training of the student").add_argument
+    flag("--sparsity", type=float, default=0.0, help="share of the weights to mask, 0 = off")
+    flag("--sparse-init", choices=INITS, default="snip",
+         help="density of each layer, or the masks; erk where SNIP finds no gradient at the start")
+    flag("--sparse-layers", choices=LAYERS, default="all", help="which weights may be masked")
+    flag("--prune-rate", type=float, default=0.3, help="share of the live weights that moves first")
+    flag("--prune-every", type=at_least(0), default=100, help="updates between moves, 0 = never")
+    flag("--growth", choices=GROWTHS, default="random", help="where pruned weights move to")
+
+
+def add_running_flags(parser: Parser) -> None:
+    flag = parser.add_argument_group("running, saving, resuming").add_argument
     flag("--output-dir", type=Path, default=Path("runs"), help="parent of the run's own folder")
-    flag("--resume", type=Path, default=None, metavar="FILE", help="continue this checkpoint")
-    flag("--auto-resume", action=argparse.BooleanOptionalAction, default=True,
-         help="continue the run folder's checkpoint-last.pth, unless --resume is given")
-    flag("--save-freq", type=int, default=10, help="epochs between numbered checkpoints, 0 = none")
-    flag("--save-num", type=int, default=3, help="numbered checkpoints to keep, 0 = all")
-    flag("--save-every-steps", type=int, default=0,
-         help="updates between checkpoint-last.pth within an epoch, 0 = at its end only")
-    flag("--print-every", type=int, default=50, help="updates between looks at the loss")
-    flag("--log-kd-health", action=argparse.BooleanOptionalAction, default=False,
-         help="log, per --print-every, the teacher's accuracy and entropy on the batches of the "
-         "training, the student's agreement, each loss's share of the gradient (models/health.py)")
-    flag("--dry-run", action=argparse.BooleanOptionalAction, default=False,
-         help="build everything, print it and its cost, stop; published weights are not fetched")
-    flag("--tensorboard", action=argparse.BooleanOptionalAction, default=False,
-         help="write events beside log.txt (needs the package tensorboard)")
+    flag("--resume", type=Path, metavar="FILE", help="continue this checkpoint")
+    flag("--auto-resume", action=switch, default=True, help="continue the folder's last checkpoint")
+    flag("--save-freq", type=at_least(0), default=10, help="epochs between numbered, 0 = none")
+    flag("--save-num", type=at_least(0), default=3, help="numbered checkpoints to keep, 0 = all")
+    flag("--save-every-steps", type=at_least(0), default=0, help="updates between saves, 0 = off")
+    flag("--print-every", type=at_least(1), default=50, help="updates between looks at the loss")
+    flag("--dry-run", action=switch, default=False, help="build and print everything, then stop")
+    flag("--tensorboard", action=switch, default=False, help="write events beside log.txt")
     flag("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to train")
     flag("--amp", choices=["auto", *engine.AMP_DTYPES], default="auto",
          help="mixed precision; auto: bf16 on a GPU that has it, else none")
-    flag("--channels-last", action=argparse.BooleanOptionalAction, default=True,
-         help="memory layout of maps and convolutions")
-    flag("--compile", action=argparse.BooleanOptionalAction, default=False,
-         help="torch.compile of student and teacher")
-    flag("--large-kernel", choices=CHOICES, default="auto",
-         help="code for large depthwise kernels (docs/performance.md); equal up to rounding")
-    flag("--teacher-stream", action=argparse.BooleanOptionalAction, default=False,
-         help="the teacher on a CUDA stream of its own, beside the student's forward pass")
+    flag("--channels-last", action=switch, default=True, help="memory layout of feature maps")
+    flag("--compile", action=switch, default=False, help="torch.compile of student and teacher")
+    flag("--large-kernel", choices=ACCEPTED, default="auto", help="backend; docs/performance.md")
 
 
-class Parts(NamedTuple):
-    """Everything a run is made of, built and checked before any training time is spent."""
-
-    teacher: FrozenTeacher | None
-    step_teacher: FrozenTeacher | OnOwnStream | None  # the same, as the training step calls it
-    state: engine.TrainState
-    train: data.Loader
-    val: data.Loader
-    mix: data.Mixup
-    options: engine.StepOptions
-    probe: engine.Probe | None
-
-
-def main(argv: list[str] | None = None) -> int:
+@program("train_kd.py", build_parser)
+def main(args: argparse.Namespace) -> int:
     """0 when the run is complete, 143 when it was asked to stop, 2 for an error of the user's."""
-    return distributed.run_program("train_kd.py", lambda: run(
-        build_parser().parse(sys.argv[1:] if argv is None else argv)))
-
-
-def run(args: argparse.Namespace) -> int:
+    # Device and processes. Under torchrun every process runs this function on its own share.
     device = distributed.setup(args.device)
-    check_ranges(args, device)
-    resolve_defaults(args, device)
-    name, options = parse_spec(args.data_set, "--data-set")
-    sources = [data.create_dataset(name, split, args.data_path, **options)
-               for split in ("train", "val")]
-    data.check_same_classes(*sources)
-    args.num_classes, args.train_size = len(sources[0].classes), len(sources[0])
-    resolve_batch_flags(args)
-    schedule = build_schedule(args)
-    folder = args.output_dir / run_name(
-        args.teacher, args.student, args.loss, args.epochs, args.seed, args.sparsity)
-    saved = checkpoint.find_checkpoint(folder, args.resume, args.auto_resume, config.plain(args),
-                                       defaults=config.plain(build_parser().parse([])))
-    checkpoint.check_same_start(saved, folder)
-    parts = build_parts(args, device, sources, is_new=saved is None)
-    if saved is not None:
-        checkpoint.restore(parts.state, *saved)
-    is_resumed, saved = saved is not None, None  # else it would stay in memory for the whole run
-    describe_run(args, parts, folder, is_resumed)
-    if args.dry_run:
-        print_once("dry run: nothing was trained, nothing written")
-        return 0
-    if distributed.is_main():
-        config.write_run_files(folder, args)
-    distributed.barrier()
-    log = RunLog(folder, args.tensorboard)
-    with closing(parts.train), closing(parts.val), distributed.StopRequest() as stop:
-        return train(args, parts, schedule, folder, log=log, stop=stop)
 
+    # Data. The number of classes comes from it.
+    train_set, val_set = data.create_splits(args.data_set, args.data_path)
 
-def check_ranges(args: argparse.Namespace, device: torch.device) -> None:
-    smallest = {"epochs": 1, "batch_size": 1, "effective_batch": 1, "accum_steps": 1, "lr": 0,
-                "min_lr": 0, "warmup_epochs": 0, "warmup_steps": 0, "weight_decay": 0,
-                "num_workers": 0, "print_every": 1, "save_freq": 0, "save_num": 0,
-                "save_every_steps": 0, "input_size": 1, "clip_grad": 0, "seed": 0,
-                "weight_decay_end": 0, "opt_eps": 0, "prune_every": 0}
-    for name, limit in smallest.items():
-        value = getattr(args, name)
-        if value is not None and not limit <= value < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {limit}, got {value}.")
-    for name in ("model_ema_decay", "opt_betas"):
-        values = getattr(args, name)
-        if not all(0 <= value < 1 for value in ([values] if name != "opt_betas" else values)):
-            raise UserError(f"--{name.replace('_', '-')} must lie in [0, 1), got {values}.")
-    useless = {"sparse_init", "sparse_layers", "prune_rate", "prune_every", "growth"}
-    if useless & {*args.given} and "sparsity" not in args.given and not args.sparsity:
-        raise UserError(f"--{min(useless & {*args.given}).replace('_', '-')} does nothing without "
-                        "--sparsity; the published one is 0.4.")
-    if args.teacher_stream and (device.type != "cuda" or args.teacher == ["none"]):
-        raise UserError("--teacher-stream needs a teacher and a GPU; leave it out.")
-    if args.log_kd_health and args.teacher == ["none"]:
-        raise UserError("--log-kd-health logs what a teacher passes on, and there is none. Name "
-                        "one with --teacher, or leave the flag out.")
-    if args.tensorboard:
-        summary_writer_class()
+    # Batch, schedule and their arithmetic. From here on args hold every value that will be used.
+    args = resolve(args, device, train_size=len(train_set), num_classes=len(train_set.classes))
+    total_steps = args.epochs * args.steps_per_epoch
+    schedule = optim.build_schedule(
+        total_steps, args.warmup_steps, lr=args.lr, min_lr=args.min_lr,
+        weight_decay=args.weight_decay, weight_decay_end=args.weight_decay_end)
 
+    # What the student starts from:
+    # 1. --resume FILE;
+    # 2. without it, the run folder's own checkpoint-last.pth, unless --no-auto-resume;
+    # 3. without either, --student-weights;
+    # 4. without that, random weights.
+    # --teacher-weights has no part in it.
+    folder = args.output_dir / run_name(args.teacher, args.student, args.loss, args.epochs,
+                                        args.seed, args.sparsity)
+    settings = plain(args)
+    saved = checkpoint.find_saved(folder, args.resume, args.auto_resume, settings, args.defaults)
 
-def resolve_defaults(args: argparse.Namespace, device: torch.device) -> None:
-    """Replace what depends on the machine or on other flags by its value, for the record."""
-    if args.loss is None:
-        args.loss = [["ce"]] if args.teacher[0] == "none" else [["nkd"]]
-    if args.amp == "auto":
-        has_bf16 = (device.type == "cuda"
-                    and torch.cuda.is_bf16_supported(including_emulation=False))
-        args.amp = "bf16" if has_bf16 else "none"
-    args.world_size = distributed.world_size()
-    args.git = checkpoint.git_revision(Path(__file__).parent)
-
-
-def resolve_batch_flags(args: argparse.Namespace) -> None:
-    """Settle accumulation, effective batch and updates per epoch."""
-    asked = args.effective_batch if "effective_batch" in args.given else None
-    if asked is not None and "accum_steps" not in args.given:
-        args.accum_steps = None  # a recipe's; the command line wins
-    args.accum_steps, args.effective_batch = resolve_batch(
-        args.batch_size, args.world_size, args.accum_steps, asked, default=args.effective_batch)
-    args.steps_per_epoch = args.train_size // args.effective_batch
-    if args.steps_per_epoch == 0:
-        raise UserError(f"the training set has {args.train_size} images, fewer than one effective "
-                        f"batch of {args.effective_batch}. Lower --effective-batch (and "
-                        "--batch-size).")
-
-
-def build_schedule(args: argparse.Namespace) -> Callable[[int], dict[str, float]]:
-    """update -> learning rate and weight decay."""
-    total = args.epochs * args.steps_per_epoch
-    if args.warmup_steps is None:
-        args.warmup_steps = int(args.warmup_epochs * args.steps_per_epoch)
-    lr = optim.cosine_schedule(args.lr, args.min_lr, total, args.warmup_steps)
-    final_decay = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
-    weight_decay = optim.cosine_schedule(args.weight_decay, final_decay, total)
-    return lambda step: {"lr": lr(step), "weight_decay": weight_decay(step)}
-
-
-def build_parts(args: argparse.Namespace, device: torch.device, sources: list,
-                is_new: bool) -> Parts:
+    # Student. Each part has a seed of its own, so that none depends on what was built before it.
     torch.manual_seed(fold_seed(args.seed, "student"))
-    student = build_model(args.student, "--student", args.num_classes,
-                          args.student_weights if is_new else "random",
-                          args.student_weights_key, args.dry_run)
-    if student.input_size not in (None, args.input_size):
-        raise UserError(f"--student {args.student[0]} takes {student.input_size} px only, and "
-                        f"--input-size is {args.input_size}.")
-    teacher = build_teacher(args, student)
-    use(args.large_kernel, student, teacher)
+    student = load_named(args.student, args.student_weights if saved is None else "random",
+                         args.student_weights_key, args.num_classes, flag="--student",
+                         dry_run=args.dry_run)
+
+    # Teacher. It never trains: no gradient, no DDP, no optimizer, no checkpoint.
+    teacher = None
+    if args.teacher != ["none"]:
+        torch.manual_seed(fold_seed(args.seed, "teacher"))
+        teacher = load_named(args.teacher, args.teacher_weights, args.teacher_weights_key,
+                             args.num_classes, flag="--teacher", dry_run=args.dry_run)
+        teacher = FrozenTeacher(teacher, student.input_mean, student.input_std).to(device)
+    set_backend(args.large_kernel, student, teacher)
+
+    # Losses and distiller: everything with a gradient in one module. Two blank images go through
+    # it now, so that what does not fit together fails before the run folder exists.
     options = engine.StepOptions(
         device=device, amp_dtype=engine.AMP_DTYPES[args.amp], accum_steps=args.accum_steps,
         memory_format=torch.channels_last if args.channels_last else torch.contiguous_format,
         clip_grad=args.clip_grad, seed=args.seed,
-        prepare=data.BatchTransform(student.input_mean, student.input_std, device))
+        batch_transform=data.BatchTransform(student.input_mean, student.input_std, device))
     torch.manual_seed(fold_seed(args.seed, "losses"))
     distiller = Distiller(student, *losses.create_losses(
-        args.loss, student.feature_info, teacher and teacher.feature_info))
+        args.loss, student.feature_info, teacher.feature_info if teacher else None))
     distiller.to(device, memory_format=options.memory_format)
-    if teacher is not None:
-        teacher.to(device)
-    train, val = build_loaders(args, sources, pin_memory=device.type == "cuda")
-    mix = data.Mixup(args.num_classes, mixup_alpha=args.mixup, cutmix_alpha=args.cutmix,
-                     prob=args.mixup_prob, switch_prob=args.mixup_switch_prob,
-                     smoothing=args.smoothing)
-    check_step(args, distiller, teacher, mix, options)
-    if args.compile and teacher is not None:
-        teacher.compile()
-    state = build_state(args, distiller, options, train if is_new else None)
-    state.classes = sources[0].classes
-    step_teacher = OnOwnStream(teacher, device) if args.teacher_stream else teacher
-    probe = partial(measure_health, state.distiller) if args.log_kd_health else None
-    return Parts(teacher, step_teacher, state, train, val, mix, options, probe)
+    train_loader, val_loader, mix = build_loaders(args, train_set, val_set, device)
+    check_step(distiller, teacher, mix, options, args.batch_size, args.input_size)
 
-
-def check_step(args: argparse.Namespace, distiller: Distiller, teacher: FrozenTeacher | None,
-               mix: data.Mixup, options: engine.StepOptions) -> None:
-    """What does not fit together shall fail before the run folder exists."""
-    if mix.mixes and args.batch_size % 2:
-        raise UserError(f"mixup and cutmix pair the images of a batch, so --batch-size must be "
-                        f"even; got {args.batch_size}.")
-    if args.batch_size == 1 and any(isinstance(module, nn.BatchNorm2d)
-                                    for module in distiller.student.modules()):
-        raise UserError("--batch-size 1 leaves BatchNorm nothing to average over; use 2 or more.")
-    images = data.ImageBatch.blank(2, args.input_size)
-    images, targets = mix(*options.to_device(images, torch.zeros(2, dtype=torch.long)), seed=0)
-    with options.autocast():
-        distiller.check(images, targets, teacher)
-
-
-def build_model(words: list[str], flag: str, num_classes: int, weights: str,
-                weights_key: str | None, dry_run: bool) -> models.VisionModel:
-    name, options = parse_spec(words, flag)
-    model = models.create_model(name, num_classes, **options)
-    fetch_weights(model, name, weights, f"{flag}-weights", weights_key, dry_run=dry_run)
-    return model
-
-
-def build_teacher(args: argparse.Namespace, student: models.VisionModel) -> FrozenTeacher | None:
-    if args.teacher == ["none"]:
-        return None
-    torch.manual_seed(fold_seed(args.seed, "teacher"))
-    model = build_model(args.teacher, "--teacher", args.num_classes, args.teacher_weights,
-                        args.teacher_weights_key, args.dry_run)
-    return FrozenTeacher(model, student.input_mean, student.input_std)
-
-
-def build_loaders(args: argparse.Namespace, sources: list,
-                  pin_memory: bool) -> tuple[data.Loader, data.Loader]:
-    train_transform = data.train_transform(
-        args.input_size, auto_augment=args.aa, random_erasing_prob=args.reprob, scale=args.scale,
-        ratio=args.ratio, hflip_prob=args.hflip, fast_decode=args.fast_decode)
-    val_transform = data.eval_transform(args.input_size, crop_pct=args.crop_pct)
-    common = {"num_workers": args.num_workers, "skip_bad_images": args.skip_bad_images,
-              "pin_memory": pin_memory}
-    train = data.train_loader(sources[0], train_transform, batch_size=args.batch_size,
-                              num_batches=args.steps_per_epoch * args.accum_steps, seed=args.seed,
-                              **common)
-    # No gradients are kept, so half as many images more fit, as in the published runs.
-    val = data.eval_loader(sources[1], val_transform, batch_size=max(1, args.batch_size * 3 // 2),
-                           **common)
-    return train, val
-
-
-def build_state(args: argparse.Namespace, distiller: Distiller, options: engine.StepOptions,
-                loader: data.Loader | None) -> engine.TrainState:
-    """`loader` shows the masks of a new run a batch; without it they wait to be restored."""
-    device = options.device
+    # Optimizer, masks, average, DDP. The masks of a new run look at a batch before SyncBatchNorm
+    # is there, which would wait for the other processes; a continued run restores its masks.
     groups = optim.parameter_groups(distiller, args.weight_decay, args.layer_decay)
     optimizer = optim.build_adamw(groups, lr=args.lr, betas=tuple(args.opt_betas), eps=args.opt_eps)
-    sparsity = build_sparsity(args, distiller.student, optimizer)
-    if sparsity is not None and loader is not None:
-        # Before SyncBatchNorm, which would wait for other processes. In float32, hence the limit.
-        sparsity.start(args.sparse_init, 1 - args.sparsity,
-                       lambda: options.to_device(*loader.first_batch(most=64)))
-    if distributed.world_size() > 1 and device.type == "cuda":
-        # It needs CUDA; on the CPU each process keeps the statistics of its own batch.
-        distiller = nn.SyncBatchNorm.convert_sync_batchnorm(distiller)  # the parameters stay
-    ema = None
-    if args.model_ema:
-        ema = ModelEma(distiller.student, args.model_ema_decay, args.model_ema_warmup)
-    if args.compile:
-        distiller.compile()  # in place: names in the state dict stay as they are
-    wrapped = distiller
-    if distributed.world_size() > 1:
-        wrapped = DistributedDataParallel(
-            distiller, device_ids=[device.index] if device.type == "cuda" else None,
-            gradient_as_bucket_view=True)
-    return engine.TrainState(
-        distiller=distiller, wrapped=wrapped, ema=ema, optimizer=optimizer, sparsity=sparsity,
-        scaler=torch.amp.GradScaler(device.type, enabled=args.amp == "fp16"),
-        best=dict.fromkeys(["best_acc1"] + ["best_acc1_ema"] * (ema is not None), -math.inf))
+    sparsity = None
+    if args.sparsity:
+        sparsity = SparseMask(student, optimizer, total_steps=total_steps, growth=args.growth,
+                              layers=args.sparse_layers, prune_rate=args.prune_rate,
+                              prune_every=args.prune_every, seed=args.seed)
+        if saved is None:  # SNIP computes in float32, hence the limit
+            sparsity.start(args.sparse_init, 1 - args.sparsity,
+                           lambda: options.to_device(*train_loader.first_batch(most=64)))
+    wrapped, ema = wrap(args, distiller, teacher, device)
+    state = engine.build_state(distiller, optimizer, device=device, amp_dtype=options.amp_dtype,
+                               ema=ema, sparsity=sparsity, wrapped=wrapped,
+                               classes=train_set.classes)
+    if saved is not None:
+        checkpoint.restore(state, *saved)
+        del saved  # else it would stay in memory for the whole run
 
-
-def build_sparsity(args: argparse.Namespace, student: models.VisionModel,
-                   optimizer: torch.optim.Optimizer) -> SparseMask | None:
-    if not args.sparsity:
-        return None
-    return SparseMask(student, optimizer, total_steps=args.epochs * args.steps_per_epoch,
-                      layers=args.sparse_layers, growth=args.growth, prune_rate=args.prune_rate,
-                      prune_every=args.prune_every, seed=args.seed)
-
-
-def describe_run(args: argparse.Namespace, parts: Parts, folder: Path, resumed: bool) -> None:
-    """Print what will run, with the arithmetic of batch, rate and steps."""
-    student = parts.state.distiller.student
-    who = [("student", args.student, student, args.student_weights)]
-    if parts.teacher is not None:
-        who.insert(0, ("teacher", args.teacher, parts.teacher, args.teacher_weights))
-    options = parts.options
-    for role, words, model, weights in who:
-        print_once(describe_network(role, words, model, weights, args.input_size)
-            + describe_choice(model, options.device, options.amp_dtype or torch.float32))
-    if args.dry_run:
-        print_once(describe_cost(student, parts.teacher, args.input_size, keeps_average=args.model_ema))
-    weights = parts.state.distiller.weights
-    print_once("loss: " + " + ".join(
-        f"{weights[words[0]]:g} x " + " ".join(w for w in words if not w.startswith("weight="))
-        for words in args.loss))
-    print_once(f"effective batch {args.effective_batch} = {args.world_size} process(es) x "
-        f"{args.batch_size} images x {args.accum_steps} accumulated")
-    total = args.epochs * args.steps_per_epoch
-    print_once(f"{args.train_size:,} images // {args.effective_batch} = {args.steps_per_epoch} updates "
-        f"per epoch, {total:,} in {args.epochs} epochs; {parts.val.num_samples:,} images to "
-        "evaluate on")
-    print_once(f"learning rate 0 -> {args.lr:g} in {args.warmup_steps:,} updates, then cosine to "
-        f"{args.min_lr:g}; {options.device}, precision {args.amp}")
-    state = parts.state
-    if state.sparsity is not None:
-        print_once(f"sparsity: {state.sparsity.describe()}")
-    print_once(f"run folder {folder}" + (f", continued at epoch {state.epoch}, update {state.step:,}"
-                                  if resumed else ""))
-
-
-def train(args: argparse.Namespace, parts: Parts, schedule: Callable, folder: Path, *,
-          log: RunLog, stop: distributed.StopRequest) -> int:
-    """All remaining epochs; the exit code."""
-    state = parts.state
-    if state.epoch >= args.epochs:
-        print_once(f"nothing to do: all {args.epochs} epochs are done. Set another --output-dir to train "
-            "again.")
+    # What will run.
+    print_run(args, state, teacher, device, folder, num_val=len(val_set))
+    if args.dry_run or state.epoch >= args.epochs:
         return 0
-    reference, teacher_acc1 = teacher_predictions(parts)
+    checkpoint.write_run_files(folder, settings)
+    log = RunLog(folder, args.tensorboard)
+
+    def save(names: list[str]) -> None:
+        content = {**state.state_dict(), "args": settings, "git": args.git}
+        checkpoint.save(content, folder, names, keep=args.save_num)
 
     def after_update(state: engine.TrainState) -> bool:
         is_stopping = stop.agreed()
         if is_stopping or (args.save_every_steps and state.step % args.save_every_steps == 0):
             engine.checked_means(state)  # never save a NaN
-            save(args, state, folder, [checkpoint.LAST])
+            save([checkpoint.LAST])
         return is_stopping
 
-    while state.epoch < args.epochs:
-        means = engine.train_one_epoch(
-            state, parts.train, parts.step_teacher, parts.mix, schedule, options=parts.options,
-            steps_per_epoch=args.steps_per_epoch, print_every=args.print_every,
-            after_update=after_update, probe=parts.probe)
-        if means is None:
-            print_once(f"stopped on request at update {state.step:,}; everything is in {folder}. The same "
-                "command continues it.")
-            return 143
-        for network in state.networks().values():
-            distributed.broadcast_buffers(network)  # what is evaluated is what is saved
-        save(args, state, folder, [checkpoint.LAST])  # whatever the evaluation may meet
-        record = finish_epoch(args, parts, means, reference)
-        record |= {"train_lr": schedule(state.step - 1)["lr"], "teacher_acc1": teacher_acc1}
-        log.write(record)
-        best = [suffix for suffix in state.networks() if record[f"is_best{suffix}"]]
-        save(args, state, folder, checkpoint.checkpoint_names(
-            record["epoch"], state.epoch == args.epochs, args.save_freq, best))
-        if state.epoch < args.epochs and stop.agreed():
-            print_once(f"stopped on request after epoch {state.epoch - 1}; the same command continues.")
-            return 143
-    print_once(f"done: best top-1 {state.best['best_acc1']:.2f} %; checkpoints and log.txt in {folder}")
+    # The epochs: train, evaluate, log, save.
+    with closing(train_loader), closing(val_loader), distributed.StopRequest() as stop:
+        teacher_acc1, reference = evaluate_teacher(teacher, val_loader, options)
+        while state.epoch < args.epochs and not stop.agreed():
+            means = engine.train_one_epoch(
+                state, train_loader, teacher, mix, schedule, options=options,
+                steps_per_epoch=args.steps_per_epoch, print_every=args.print_every,
+                after_update=after_update)
+            if means is None:  # asked to stop within the epoch
+                break
+            for network in state.networks().values():
+                distributed.broadcast_buffers(network)  # what is evaluated is what is saved
+            save([checkpoint.LAST])  # whatever the evaluation may meet
+            results = {suffix: engine.evaluate(network, val_loader, options=options,
+                                               reference=reference)
+                       for suffix, network in state.networks().items()}
+            best = state.finish_epoch({suffix: result.acc1 for suffix, result in results.items()})
+            log.write(epoch_record(args, state, means, results, best, teacher_acc1=teacher_acc1,
+                                   lr=schedule(state.step - 1)["lr"],
+                                   loaders=(train_loader, val_loader)))
+            save(checkpoint.checkpoint_names(state.epoch - 1, state.epoch == args.epochs,
+                                             args.save_freq, best))
+    if state.epoch < args.epochs:
+        print_once(f"stopped on request at update {state.step:,}; the same command continues it.")
+        return 143
+    print_once(f"done: best top-1 {state.best['best_acc1']:.2f} %; everything is in {folder}")
     return 0
 
 
-def teacher_predictions(parts: Parts) -> tuple[torch.Tensor | None, float | None]:
-    """The teacher's class for every validation image of this process, and its top-1."""
-    if parts.teacher is None:
+def resolve(args: argparse.Namespace, device: torch.device, *, train_size: int,
+            num_classes: int) -> argparse.Namespace:
+    """A copy of args in which what depends on the machine, the data or other flags has its value,
+    for the record, too. Raises UserError where flags contradict each other."""
+    args = copy.copy(args)
+    args.num_classes, args.train_size = num_classes, train_size
+    args.world_size = distributed.world_size()
+    args.git = checkpoint.git_revision(Path(__file__).parent)
+    if args.tensorboard:
+        summary_writer_class()  # better missed now than after an epoch
+    useless = {"sparse_init", "sparse_layers", "prune_rate", "prune_every", "growth"}
+    useless &= {*args.given}
+    if useless and "sparsity" not in args.given and not args.sparsity:
+        raise UserError(f"--{min(useless).replace('_', '-')} does nothing without --sparsity; the "
+                        "published one is 0.4.")
+    if args.loss is None:
+        args.loss = [["ce"]] if args.teacher[0] == "none" else [["nkd"]]
+    if args.amp == "auto":
+        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        args.amp = "bf16" if has_bf16 else "none"
+
+    # images per update = processes x images per process x micro-batches
+    asked = args.effective_batch if "effective_batch" in args.given else None
+    if asked is not None and "accum_steps" not in args.given:
+        args.accum_steps = None  # a recipe's; the command line wins
+    args.accum_steps, args.effective_batch = optim.resolve_batch(
+        args.batch_size, args.world_size, args.accum_steps, asked, default=args.effective_batch)
+    args.steps_per_epoch = train_size // args.effective_batch
+    if args.steps_per_epoch == 0:
+        raise UserError(f"the training set has {train_size} images, fewer than one effective "
+                        f"batch of {args.effective_batch}. Lower --effective-batch (and "
+                        "--batch-size).")
+    if args.warmup_steps is None:
+        args.warmup_steps = int(args.warmup_epochs * args.steps_per_epoch)
+    return args
+
+
+def build_loaders(args: argparse.Namespace, train_set: data.ImageSource,
+                  val_set: data.ImageSource, device: torch.device
+                  ) -> tuple[data.Loader, data.Loader, data.Mixup]:
+    """The loaders of training and validation, and what mixes the batches of the first."""
+    train_transform = data.train_transform(
+        args.input_size, auto_augment=args.aa, random_erasing_prob=args.reprob, scale=args.scale,
+        ratio=args.ratio, hflip_prob=args.hflip, fast_decode=args.fast_decode)
+    val_transform = data.eval_transform(args.input_size, crop_pct=args.crop_pct)
+    common = {"num_workers": args.num_workers, "skip_bad_images": args.skip_bad_images,
+              "pin_memory": device.type == "cuda"}
+    train = data.train_loader(train_set, train_transform, batch_size=args.batch_size,
+                              num_batches=args.steps_per_epoch * args.accum_steps, seed=args.seed,
+                              **common)
+    # No gradients are kept, so half as many images more fit, as in the published runs.
+    val = data.eval_loader(val_set, val_transform, batch_size=max(1, args.batch_size * 3 // 2),
+                           **common)
+    return train, val, data.Mixup(
+        args.num_classes, mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob, smoothing=args.smoothing)
+
+
+def check_step(distiller: Distiller, teacher: FrozenTeacher | None, mix: data.Mixup,
+               options: engine.StepOptions, batch_size: int, input_size: int) -> None:
+    """Raises UserError where a batch, the networks and the losses do not go together."""
+    mix.check_batch_size(batch_size)
+    images, labels = data.ImageBatch.blank(2, input_size), torch.zeros(2, dtype=torch.long)
+    images, targets = mix(*options.to_device(images, labels), seed=0)
+    with options.autocast():
+        distiller.check(images, targets, teacher, batch_size)
+
+
+def wrap(args: argparse.Namespace, distiller: Distiller, teacher: FrozenTeacher | None,
+         device: torch.device) -> tuple[nn.Module, optim.ModelEma | None]:
+    """The distiller as the step calls it, and the average of the student if there is one."""
+    is_distributed = distributed.world_size() > 1
+    if is_distributed and device.type == "cuda":
+        # It needs CUDA; on the CPU each process keeps the statistics of its own batch.
+        nn.SyncBatchNorm.convert_sync_batchnorm(distiller)  # in place; the parameters stay
+    ema = None
+    if args.model_ema:
+        ema = optim.ModelEma(distiller.student, args.model_ema_decay, args.model_ema_warmup)
+    if args.compile:
+        distiller.compile()  # in place: names in the state dict stay as they are
+        if teacher is not None:
+            teacher.compile()
+    if not is_distributed:
+        return distiller, ema
+    device_ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(distiller, device_ids=device_ids,
+                                   gradient_as_bucket_view=True), ema
+
+
+def evaluate_teacher(teacher: FrozenTeacher | None, loader: data.Loader,
+                     options: engine.StepOptions) -> tuple[float | None, torch.Tensor | None]:
+    """The teacher's top-1 in percent, and its class for every validation image of this process,
+    (data set size,), -1 for the others."""
+    if teacher is None:
         return None, None
-    result = engine.evaluate(parts.teacher, parts.val, options=parts.options,
-                             description="teacher")
+    result = engine.evaluate(teacher, loader, options=options, description="teacher")
     print_once(f"teacher: top-1 {result.acc1:.2f} %, top-5 {result.acc5:.2f} % on the "
-        f"{result.num_samples:,} validation images, at the student's input size")
-    predictions = torch.full((parts.val.num_samples,), -1)
+               f"{result.num_samples:,} validation images, at the student's input size")
+    predictions = torch.full((loader.num_samples,), -1)
     predictions[result.samples["index"]] = result.samples["top5"][:, 0]
-    return predictions, result.acc1
+    return result.acc1, predictions
 
 
-def finish_epoch(args: argparse.Namespace, parts: Parts, means: dict[str, float],
-                 reference: torch.Tensor | None) -> dict[str, Any]:
-    """Evaluate, advance the state by an epoch, and return its line of log.txt."""
-    state = parts.state
+def epoch_record(args: argparse.Namespace, state: engine.TrainState, means: dict[str, float],
+                 results: dict[str, engine.Evaluation], best: list[str], *,
+                 teacher_acc1: float | None, lr: float,
+                 loaders: tuple[data.Loader, data.Loader]) -> dict[str, Any]:
+    """The line of log.txt of the epoch that just ended, under ConvNeXt's key names; printed, too,
+    as far as a person reads it."""
     speed = means.pop("images_per_second")
-    record = {"epoch": state.epoch, **{f"train_{name}": value for name, value in means.items()},
-              **state.figures()}
-    for suffix, network in state.networks().items():
-        result = engine.evaluate(network, parts.val, options=parts.options, reference=reference)
+    record = {"epoch": state.epoch - 1,
+              **{f"train_{name}": value for name, value in means.items()}, **state.metrics()}
+    for suffix, result in results.items():
         record |= {f"test_loss{suffix}": result.loss, f"test_acc1{suffix}": result.acc1,
                    f"test_acc5{suffix}": result.acc5}
-        if reference is not None:
+        if result.agreement is not None:
             record[f"agreement{suffix}"] = result.agreement
-        best = f"best_acc1{suffix}"
-        record[f"is_best{suffix}"] = result.acc1 > state.best[best]
-        state.best[best] = max(result.acc1, state.best[best])
+        record[f"is_best{suffix}"] = suffix in best
     record["n_parameters"] = state.distiller.student.num_parameters
     record["images_per_second"] = speed
     if args.skip_bad_images:
-        bad = torch.tensor([float(len(loader.bad)) for loader in (parts.train, parts.val)])
+        bad = torch.tensor([float(len(loader.bad)) for loader in loaders])
         record["skipped_train"], record["skipped_test"] = distributed.sum_over_ranks(bad).tolist()
-    record["peak_memory_gib"] = peak_memory_gib(parts.options.device)
-    state.epoch += 1
+    record |= {"peak_memory_gib": peak_memory_gib(next(state.distiller.parameters()).device),
+               "train_lr": lr, "teacher_acc1": teacher_acc1}
     shown = ", ".join(f"{key.removeprefix('test_')} {record[key]:.2f}" for key in record
                       if key.startswith(("test_acc1", "agreement")))
+    per_second = f", {speed:.0f} images/s" if speed else ""
     print_once(f"epoch {record['epoch']}: train loss {record['train_loss']:.3f}, {shown}"
-        + (f", {speed:.0f} images/s" if speed else ""))
+               f"{per_second}")
     return record
 
 
-def save(args: argparse.Namespace, state: engine.TrainState, folder: Path,
-         names: list[str]) -> None:
-    """Write the whole state to each of `names`. Called by all processes; the first one writes."""
-    content = {**state.state_dict(), "args": config.plain(args), "git": args.git}
-    checkpoint.save(content, folder, names, keep=args.save_num)
+def print_run(args: argparse.Namespace, state: engine.TrainState, teacher: FrozenTeacher | None,
+              device: torch.device, folder: Path, num_val: int) -> None:
+    """What will run: networks, loss, and the arithmetic of batch, rate and steps."""
+    student, weights = state.distiller.student, state.distiller.weights
+    dtype = engine.AMP_DTYPES[args.amp] or torch.float32
+    if teacher is not None:
+        print_once(f"teacher: {describe_network(args.teacher, args.teacher_weights, teacher, args)}"
+                   f"{describe_choice(teacher, device, dtype)}")
+    print_once(f"student: {describe_network(args.student, args.student_weights, student, args)}"
+               f"{describe_choice(student, device, dtype)}")
+    if args.dry_run:
+        print_once(describe_cost(student, teacher, args.input_size, keeps_average=args.model_ema))
+    terms = [f"{weights[spec[0]]:g} x " + " ".join(word for word in spec
+                                                   if not word.startswith("weight="))
+             for spec in args.loss]
+    print_once(f"loss: {' + '.join(terms)}")
+    print_once(f"effective batch {args.effective_batch} = {args.world_size} process(es) x "
+               f"{args.batch_size} images x {args.accum_steps} accumulated")
+    print_once(f"{args.train_size:,} images // {args.effective_batch} = {args.steps_per_epoch} "
+               f"updates per epoch, {args.epochs * args.steps_per_epoch:,} in {args.epochs} epochs;"
+               f" {num_val:,} images to evaluate on")
+    print_once(f"learning rate 0 -> {args.lr:g} in {args.warmup_steps:,} updates, then cosine to "
+               f"{args.min_lr:g}; {device}, precision {args.amp}")
+    if state.sparsity is not None:
+        print_once(f"sparsity: {state.sparsity.describe()}")
+    continued = f", continued at epoch {state.epoch}, update {state.step:,}" if state.step else ""
+    print_once(f"run folder {folder}{continued}")
+    if args.dry_run:
+        print_once("dry run: nothing was trained, nothing written")
+    elif state.epoch >= args.epochs:
+        print_once(f"nothing to do: all {args.epochs} epochs are done. Set another --output-dir to "
+                   "train again.")
+
+
+def describe_network(spec: list[str], weights: str, model: models.VisionModel | FrozenTeacher,
+                     args: argparse.Namespace) -> str:
+    size = model.input_size if model.fixed_size else args.input_size
+    stages = " | ".join(f"{info.channels}x{math.ceil(size / info.stride)}^2"
+                        for info in model.feature_info)
+    return (f"{' '.join(spec)}, weights {weights}, {model.num_parameters:,} parameters, "
+            f"stages {stages}")
+
+
+def describe_cost(student: models.VisionModel, teacher: FrozenTeacher | None, input_size: int,
+                  keeps_average: bool) -> str:
+    """GiB of parameters in float32, and the teacher's share of a step's MACs: its forward pass and
+    three times the student's make a step (a backward pass is two forward ones)."""
+    copies = 5 if keeps_average else 4  # weights, gradients, two moments of AdamW; the average
+    macs = student.count_macs(input_size)
+    text = (f"student: {copies * student.num_parameters * GIB_PER_FLOAT:.2f} GiB of weights, "
+            f"gradients, optimizer state{' and average' if keeps_average else ''}; "
+            f"{macs / 1e9:.3f} G MACs forward at {input_size} px")
+    if teacher is None:
+        return text
+    size = teacher.input_size if teacher.fixed_size else input_size
+    teacher_macs = teacher.model.count_macs(size)
+    share = teacher_macs / (teacher_macs + 3 * macs)
+    held = sum(value.numel() for value in teacher.state_dict().values()
+               if value.is_floating_point())
+    return (f"{text}\nteacher: {held * GIB_PER_FLOAT:.2f} GiB of weights; "
+            f"{teacher_macs / 1e9:.3f} G MACs forward at {size} px, {share:.0%} of a step (its "
+            "forward, and forward and backward of the student)")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""The networks and pictures that an analysis is about, as its command line names them."""
+"""What the analyses share: the networks, images and runs that a command line names, and the files
+that come out."""
 import argparse
 import csv
 import io
@@ -19,111 +20,22 @@ import data
 from models.base import VisionModel
 from models.weights import load_named, load_trained
 from utils.checkpoint import write_atomically, write_text_atomically
-from utils.config import Parser
-from utils.distributed import world_size
+from utils.config import Parser, at_least
+from utils.distributed import setup, world_size
 from utils.registry import UserError, one_line, parse_spec
 from utils.rng import fold_seed, generator
 
-
-class LoadedModel(NamedTuple):
-    """A network with its weights."""
-
-    label: str  # what tables and pictures call it; no two are equal
-    group: str  # the name it was given, which it may share with the same network of other seeds
-    words: list[str]  # NAME key=value ...
-    model: VisionModel
-    settings: dict[str, Any]  # of its run; empty for weights without one
-    classes: list[str] | None = None  # names by label, where they are known
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
-def add_model_flags(parser: Parser) -> None:
-    flag = parser.add_argument_group("networks").add_argument
-    flag("--checkpoint", nargs="+", default=[], type=Path, metavar="FILE", help="of train_kd.py")
-    flag("--model", nargs="+", action="append", default=None, metavar="NAME",
-         help="NAME [key=value ...], with --weights; may be repeated")
-    flag("--weights", action="append", default=None, metavar="SOURCE",
-         help="path, URL, published or random, for each --model in turn")
-    flag("--weights-key", metavar="KEY", help="model, or model_ema for the averaged weights")
-    flag("--num-classes", type=int, default=1000, help="of --weights")
-    flag("--labels", nargs="+", default=None, metavar="NAME",
-         help="what to call the networks, in order (default: their run folders or files); those "
-         "of one name are taken for seeds of one network, and their mean is shown")
-
-
-def add_image_flags(parser: Parser) -> None:
-    flag = parser.add_argument_group("pictures").add_argument
-    flag("--data-set", nargs="+", default=None, metavar="NAME",
-         help="by default the first checkpoint's, else imagefolder")
-    flag("--data-path", default=None, help="folder that holds val/, or the folder of classes")
-    flag("--num-workers", type=int, default=2, help="loader processes")
-    flag("--skip-bad-images", action=argparse.BooleanOptionalAction, default=False,
-         help="leave unreadable pictures out instead of stopping")
-    flag("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to run")
-
-
-def check_common(smallest: dict[str, tuple[int, int]]) -> None:
-    """`smallest`: flag -> (its value, the least it may be)."""
-    for flag, (value, least) in smallest.items():
-        if value < least:
-            raise UserError(f"{flag} must be at least {least}, got {value}.")
+def single_process(device: str) -> torch.device:
+    """The device to run on. Raises UserError under torchrun."""
+    found = setup(device)
     if world_size() > 1:
         raise UserError(f"this analysis runs in one process, not in {world_size()}; start it with "
                         "python -m.")
-
-
-def refuse_flags(given: Sequence[str], useless: set[str], why: str) -> None:
-    """Raises UserError for a flag of the command line that would change nothing."""
-    for name in sorted(useless & {*given}):
-        raise UserError(f"--{name.replace('_', '-')} has no effect {why}; leave it out.")
-
-
-def check_fits(subjects: Sequence[LoadedModel], size: int, flag: str) -> None:
-    """Raises UserError where a network's last map would have no whole cell."""
-    for subject in subjects:
-        stride = subject.model.feature_info[-1].stride
-        if size < stride:
-            raise UserError(f"{flag} {size} is below one cell of {subject.label}'s last map, "
-                            f"{stride} px.")
-
-
-def load_models(checkpoints: Sequence[Path], models: Sequence[list[str]] | None,
-                  weights: Sequence[str] | None, *, weights_key: str | None, num_classes: int,
-                  labels: Sequence[str] | None, seed: int, others: int = 0) -> list[LoadedModel]:
-    """The students of `checkpoints`, then each of `models` with its weights, random ones from
-    `seed`. `labels` may go on with names for `others` things that are no networks; they are not
-    used here."""
-    models, weights = models or [], weights or []
-    if len(models) != len(weights):
-        raise UserError(f"each --model needs its --weights; got {len(models)} and {len(weights)}.")
-    total = len(checkpoints) + len(models) + others
-    if labels is not None and len(labels) != total:
-        raise UserError(f"--labels needs {total} names, one for each network; got {len(labels)}: "
-                        f"{', '.join(labels)}.")
-    subjects = []
-    folders = [path.absolute().parent.name for path in checkpoints]
-    for path, name in zip(checkpoints, folders):
-        model, settings, classes = load_trained(path, weights_key)
-        name += f" {path.stem}" if folders.count(name) > 1 else ""
-        subjects.append(LoadedModel(name, name, settings["student"], model, settings, classes))
-    for words, source in zip(models, weights):
-        torch.manual_seed(fold_seed(seed, "student"))
-        model = load_named(words, source, weights_key, num_classes)
-        name = " ".join(words) + ("" if source == "published" else f", {Path(source).name}")
-        subjects.append(LoadedModel(name, name, words, model, {}))
-    groups = labels or unique_labels([subject.label for subject in subjects])
-    for group, found in by_group([subject.words for subject in subjects], groups).items():
-        if any(words != found[0] for words in found):
-            raise UserError(f"--labels calls different networks {group!r}; give one name to seeds "
-                            "of one network only.")
-    return [subject._replace(label=label, group=group) for subject, label, group in zip(
-        subjects, unique_labels(groups), groups)]
-
-
-def by_group(items: Sequence[Any], groups: Sequence[Hashable]) -> dict[Any, list[Any]]:
-    """`items` under the group of each, in order."""
-    found: dict[Any, list[Any]] = {}
-    for item, group in zip(items, groups):
-        found.setdefault(group, []).append(item)
     return found
 
 
@@ -139,23 +51,122 @@ def unique_labels(labels: Sequence[str]) -> list[str]:
     return names
 
 
+def by_group(items: Sequence[Any], groups: Sequence[Hashable]) -> dict[Any, list[Any]]:
+    """`items` under the group of each, in order."""
+    found: dict[Any, list[Any]] = {}
+    for item, group in zip(items, groups):
+        found.setdefault(group, []).append(item)
+    return found
+
+
+# Networks
+
+
+class LoadedModel(NamedTuple):
+    """A network with its weights."""
+
+    label: str  # what tables and plots call it; no two are equal
+    group: str  # the name it was given, which it may share with the same network of other seeds
+    spec: list[str]  # NAME key=value ...
+    model: VisionModel
+    settings: dict[str, Any]  # of its run; empty for weights without one
+    classes: list[str] | None = None  # names by label, where they are known
+
+
+def add_model_flags(parser: Parser) -> None:
+    flag = parser.add_argument_group("networks").add_argument
+    flag("--checkpoint", nargs="+", default=[], type=Path, metavar="FILE", help="of train_kd.py")
+    flag("--model", nargs="+", action="append", default=None, metavar="NAME",
+         help="NAME [key=value ...], with --weights; may be repeated")
+    flag("--weights", action="append", default=None, metavar="SOURCE",
+         help="path, URL, published or random, for each --model in turn")
+    flag("--weights-key", metavar="KEY", help="model, or model_ema for the averaged weights")
+    flag("--num-classes", type=at_least(1), default=1000, help="of --weights")
+    flag("--labels", nargs="+", default=None, metavar="NAME",
+         help="what to call the networks, in order (default: their run folders or files); those "
+         "of one name are taken for seeds of one network, and their mean is shown")
+
+
+def load_models(checkpoints: Sequence[Path], specs: Sequence[list[str]] | None,
+                weights: Sequence[str] | None, *, weights_key: str | None, num_classes: int,
+                labels: Sequence[str] | None, seed: int, num_others: int = 0) -> list[LoadedModel]:
+    """The students of `checkpoints`, then each of `specs` with its weights, random ones from
+    `seed`. `labels` may go on with names for `num_others` things that are no networks; they are
+    not used here."""
+    specs, weights = specs or [], weights or []
+    if len(specs) != len(weights):
+        raise UserError(f"each --model needs its --weights; got {len(specs)} and {len(weights)}.")
+    total = len(checkpoints) + len(specs) + num_others
+    if labels is not None and len(labels) != total:
+        raise UserError(f"--labels needs {total} names, one for each network; got {len(labels)}: "
+                        f"{', '.join(labels)}.")
+    networks = []
+    folders = [path.absolute().parent.name for path in checkpoints]
+    for path, name in zip(checkpoints, folders):
+        model, settings, classes = load_trained(path, weights_key)
+        if folders.count(name) > 1:
+            name = f"{name} {path.stem}"
+        networks.append(LoadedModel(name, name, settings["student"], model, settings, classes))
+    for spec, source in zip(specs, weights):
+        torch.manual_seed(fold_seed(seed, "student"))
+        model = load_named(spec, source, weights_key, num_classes)
+        name = " ".join(spec)
+        if source != "published":
+            name = f"{name}, {Path(source).name}"
+        networks.append(LoadedModel(name, name, spec, model, {}))
+    groups = labels or unique_labels([network.label for network in networks])
+    for group, found in by_group([network.spec for network in networks], groups).items():
+        if any(spec != found[0] for spec in found):
+            raise UserError(f"--labels calls different networks {group!r}; give one name to seeds "
+                            "of one network only.")
+    return [network._replace(label=label, group=group) for network, label, group in zip(
+        networks, unique_labels(groups), groups)]
+
+
+def check_fits(networks: Sequence[LoadedModel], input_size: int, flag: str) -> None:
+    """Raises UserError where a network's last map would have no whole cell."""
+    for network in networks:
+        stride = network.model.feature_info[-1].stride
+        if input_size < stride:
+            raise UserError(f"{flag} {input_size} is below one cell of {network.label}'s last map, "
+                            f"{stride} px.")
+
+
+# Images
+
+
+def add_image_flags(parser: Parser) -> None:
+    flag = parser.add_argument_group("images").add_argument
+    flag("--data-set", nargs="+", default=None, metavar="NAME",
+         help="by default the first checkpoint's, else imagefolder")
+    flag("--data-path", default=None, help="folder that holds val/, or the folder of classes")
+    flag("--spread", action=argparse.BooleanOptionalAction, default=False,
+         help="take images at equal distances, not the first ones (of one class, often)")
+    flag("--num-workers", type=at_least(0), default=2, help="loader processes")
+    flag("--skip-bad-images", action=argparse.BooleanOptionalAction, default=False,
+         help="leave unreadable images out instead of stopping")
+    flag("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to run")
+
+
 def validation_images(data_set: list[str] | None, data_path: str | None,
-                        subjects: Sequence[LoadedModel]) -> data.ImageSource:
-    """The validation pictures of the named data set, by default that of the first run. A folder of
+                      networks: Sequence[LoadedModel]) -> data.ImageSource:
+    """The validation images of the named data set, by default that of the first run. A folder of
     class folders will do where an image folder's val/ is expected."""
-    trained = [subject.settings["data_set"] for subject in subjects if subject.settings]
-    name, options = parse_spec(data_set or (trained or [["imagefolder"]])[0], "--data-set")
+    if data_set is None:
+        trained_on = [network.settings["data_set"] for network in networks if network.settings]
+        data_set = trained_on[0] if trained_on else ["imagefolder"]
+    name, options = parse_spec(data_set, "--data-set")
     split = "val"
     if name == "imagefolder" and data_path and not (Path(data_path) / split).is_dir():
         folder = Path(data_path).absolute()
         if (folder / "train").is_dir():
-            raise UserError(f"{folder} holds train/ but no val/, whose pictures are looked at.")
+            raise UserError(f"{folder} holds train/ but no val/, whose images are looked at.")
         split, data_path = folder.name, str(folder.parent)
     return data.create_dataset(name, split, data_path, **options)
 
 
-class Selection:
-    """Some pictures of a source, as a source."""
+class Selection(data.ImageSource):
+    """Some images of a source, as a source."""
 
     def __init__(self, source: data.ImageSource, indices: Sequence[int]) -> None:
         self.source, self.indices, self.classes = source, indices, source.classes
@@ -171,7 +182,7 @@ class Selection:
 
 
 def select(source: data.ImageSource, number: int, spread: bool) -> Selection:
-    """The first `number` pictures, or as many at equal distances through all of them; all of them
+    """The first `number` images, or as many at equal distances through all of them; all of them
     for a larger number."""
     number = min(number, len(source))
     step = len(source) / number if spread else 1
@@ -179,86 +190,12 @@ def select(source: data.ImageSource, number: int, spread: bool) -> Selection:
 
 
 def shuffled(selection: Selection) -> Selection:
-    """The same pictures in a fixed random order, so that a batch has those of many classes."""
+    """The same images in a fixed random order, so that a batch has those of many classes."""
     order = torch.randperm(len(selection), generator=generator(0, "analysis"))
     return Selection(selection.source, [selection.indices[i] for i in order.tolist()])
 
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-NO_PICTURES = ("no pictures, since matplotlib is not installed: pip install matplotlib. Arrays and "
-               "tables are written all the same.")
-
-
-def figure_class() -> "type[Figure] | None":
-    """Matplotlib's figure, which draws without a screen; None where matplotlib is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return None
-    return Figure
-
-
-def new_files(paths: Sequence[Path], overwrite: bool) -> None:
-    """Makes the folders of `paths`. Raises UserError where files are there already and would be
-    lost; meant for before the work."""
-    there = [path for path in paths if path.exists()]
-    folders = [path for path in there if path.is_dir()]
-    if folders or (there and not overwrite):
-        raise UserError(f"{', '.join(map(str, (folders or there)[:3]))} "
-                        f"{'is a folder' if folders else 'would be overwritten'}. Give another "
-                        f"--out{'' if folders else ', or add --overwrite'}.")
-    try:
-        for path in paths:
-            path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out: cannot make the folder {path.parent} ({error.strerror})."
-                        ) from None
-
-
-def save_array(array: np.ndarray, path: Path) -> None:
-    write_atomically(lambda file: np.save(file, array), path)
-
-
-def save_figure(figure: "Figure", path: Path) -> None:
-    write_atomically(lambda file: figure.savefig(file, format="png", dpi=150), path)
-
-
-def save_tables(text: str, rows: Sequence[Any], base: Path) -> None:
-    """`text` to base.md, `rows` (of one NamedTuple) to base.csv."""
-    write_text_atomically(text + "\n", base.with_suffix(".md"))
-    write_text_atomically(csv_text(rows), base.with_suffix(".csv"))
-
-
-def csv_text(rows: Sequence[Any], digits: int | None = None) -> str:
-    """NamedTuples of one kind under the names of their fields, at least one; an empty cell for
-    None. `digits`: decimals of numbers; None: all that they have."""
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(type(rows[0])._fields)
-    for row in rows:
-        writer.writerow([round(value, digits) if digits is not None and isinstance(value, float)
-                         else value for value in row])
-    return file.getvalue()
-
-
-def in_lines(label: str, width: int) -> str:
-    """`label` broken into lines, for a picture: no character of it is taken for mathematics."""
-    return textwrap.fill(label, width).replace("$", r"\$")
-
-
-def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]], num_words: int = 1) -> str:
-    """The first `num_words` columns aligned left and the others right."""
-    lines = ["| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
-             for cells in (heads, *rows)]
-    rule = ["---"] * num_words + ["---:"] * (len(heads) - num_words)
-    return "\n".join([lines[0], f"|{'|'.join(rule)}|", *lines[1:]])
-
-
-def file_name(label: str) -> str:
-    """`label` without what a file name should not have."""
-    return re.sub(r"[^\w.=-]+", "_", label).strip("._") or "network"
+# Run folders
 
 
 NEEDED = {"teacher": list, "student": list, "loss": list, "epochs": int, "seed": int}
@@ -271,6 +208,19 @@ class Run(NamedTuple):
     num_epochs_done: int
     teacher_acc1: float | None  # percent
     records: list[dict[str, Any]]  # an epoch each, as in log.txt
+
+
+def read_runs(folders: list[Path]) -> tuple[list[Run], list[str]]:
+    """The runs, and what is none with the reason. Raises UserError when nothing is left."""
+    runs, left_out = [], []
+    for folder in folders:
+        try:
+            runs.append(read_run(folder))
+        except UserError as error:
+            left_out.append(str(error))
+    if not runs:
+        raise UserError(f"nothing to report on: {'; '.join(left_out)}.")
+    return runs, left_out
 
 
 def read_run(folder: Path) -> Run:
@@ -312,14 +262,94 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def read_runs(folders: list[Path]) -> tuple[list[Run], list[str]]:
-    """The runs, and what is none with the reason. Raises UserError when nothing is left."""
-    runs, left_out = [], []
-    for folder in folders:
-        try:
-            runs.append(read_run(folder))
-        except UserError as error:
-            left_out.append(str(error))
-    if not runs:
-        raise UserError(f"nothing to report on: {'; '.join(left_out)}.")
-    return runs, left_out
+# Files
+
+
+def add_output_flags(parser: Parser, out: str, metavar: str, help: str) -> None:
+    parser.add_argument("--out", type=Path, default=Path(out), metavar=metavar, help=help)
+    parser.add_argument("--overwrite", action=argparse.BooleanOptionalAction, default=False,
+                        help="replace files of the same names")
+
+
+def check_new(paths: Sequence[Path], overwrite: bool) -> None:
+    """Make the folders of `paths`. Raises UserError where files are there already and would be
+    lost; meant for before the work."""
+    folders = [str(path) for path in paths if path.is_dir()]
+    if folders:
+        raise UserError(f"{', '.join(folders[:3])} is a folder. Give another --out.")
+    files = [str(path) for path in paths if path.exists()]
+    if files and not overwrite:
+        raise UserError(f"{', '.join(files[:3])} would be overwritten. Give another --out, or add "
+                        "--overwrite.")
+    try:
+        for path in paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: cannot make the folder {path.parent} ({error.strerror})."
+                        ) from None
+
+
+def save_array(array: np.ndarray, path: Path) -> None:
+    write_atomically(lambda file: np.save(file, array), path)
+
+
+def save_tables(text: str, rows: Sequence[Any], base: Path) -> None:
+    """`text` to base.md, `rows` (of one NamedTuple) to base.csv."""
+    write_text_atomically(text + "\n", base.with_suffix(".md"))
+    write_text_atomically(csv_text(rows), base.with_suffix(".csv"))
+
+
+def csv_text(rows: Sequence[Any], digits: int | None = None) -> str:
+    """NamedTuples of one kind under the names of their fields, at least one; an empty cell for
+    None. `digits`: decimals of numbers; None: all that they have."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(type(rows[0])._fields)
+    for row in rows:
+        writer.writerow([round(value, digits) if digits is not None and isinstance(value, float)
+                         else value for value in row])
+    return file.getvalue()
+
+
+def file_name(label: str) -> str:
+    """`label` without what a file name should not have."""
+    return re.sub(r"[^\w.=-]+", "_", label).strip("._") or "network"
+
+
+# Plots
+
+
+NO_PLOTS = ("no plots, since matplotlib is not installed: pip install matplotlib. Arrays and "
+            "tables are written all the same.")
+
+
+def figure_class() -> "type[Figure] | None":
+    """Matplotlib's figure, which draws without a screen; None where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    return Figure
+
+
+def panels(number: int, per_row: int, width: float, height: float, margin: float
+           ) -> "tuple[Figure, list[Axes]]":
+    """A figure with `number` axes of `width` by `height` inches, and `margin` below them; axes that
+    its last row has too many are hidden."""
+    columns = min(per_row, number)
+    rows = math.ceil(number / columns)
+    figure = figure_class()(figsize=(max(6, width * columns), height * rows + margin),
+                            layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis in axes[number:]:
+        axis.set_visible(False)
+    return figure, axes
+
+
+def save_figure(figure: "Figure", path: Path) -> None:
+    write_atomically(lambda file: figure.savefig(file, format="png", dpi=150), path)
+
+
+def in_lines(label: str, width: int) -> str:
+    """`label` broken into lines, for a plot: no character of it is taken for mathematics."""
+    return textwrap.fill(label, width).replace("$", r"\$")

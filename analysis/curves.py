@@ -1,4 +1,4 @@
-"""Accuracy and each loss term over the epochs of several runs, in one picture and one table.
+"""Accuracy and each loss term over the epochs of several runs, in one plot and one table.
 
     python -m analysis.curves runs/*                              # curves.png, curves.csv
     python -m analysis.curves runs/A runs/B --also agreement train_lr --out a_and_b
@@ -11,20 +11,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from analysis.common import (
-    NO_PICTURES,
+    NO_PLOTS,
     Run,
+    add_output_flags,
+    check_new,
     csv_text,
     figure_class,
     in_lines,
-    new_files,
+    panels,
     read_runs,
     save_figure,
     unique_labels,
 )
 from utils.checkpoint import write_text_atomically
-from utils.config import Parser
-from utils.distributed import run_program
-from utils.log import print_once
+from utils.config import Parser, program
 from utils.registry import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 ACCURACY = ("test_acc1", "test_acc1_ema")
 PANELS_PER_ROW = 3
+LINES = ("-", "--", ":", "-.")  # ten runs each, in ten colours
 
 
 class Row(NamedTuple):
@@ -44,8 +45,8 @@ class Row(NamedTuple):
 
 def loss_terms(run: Run) -> list[str]:
     """Keys of the raw terms; of their weighted sum, too, where there are several."""
-    terms = [f"train_{words[0]}" for words in run.args["loss"]]
-    return ["train_loss"] * (len(terms) > 1) + terms
+    terms = [f"train_{spec[0]}" for spec in run.args["loss"]]
+    return ["train_loss", *terms] if len(terms) > 1 else terms
 
 
 def chosen_keys(runs: Sequence[Run], also: Sequence[str]) -> list[str]:
@@ -72,68 +73,57 @@ def table_rows(runs: Mapping[str, Run], keys: Sequence[str]) -> list[Row]:
 
 def draw(rows: Sequence[Row], labels: Sequence[str], keys: Sequence[str]) -> "Figure":
     """A panel for each key, a line for each run that has it."""
-    columns = min(PANELS_PER_ROW, len(keys))
-    lines = -(-len(keys) // columns)
     legend = [in_lines(label, 70) for label in labels]
-    height = 2.9 * lines + 0.25 * sum(1 + text.count("\n") for text in legend) + 0.3
-    figure = figure_class()(figsize=(max(6, 4.2 * columns), height), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False)
-    for axis, key in zip(axes.flat, keys):
+    num_legend_lines = sum(1 + text.count("\n") for text in legend)
+    figure, axes = panels(len(keys), PANELS_PER_ROW, width=4.2, height=2.9,
+                          margin=0.25 * num_legend_lines + 0.3)
+    handles = {}
+    for axis, key in zip(axes, keys):
         for number, label in enumerate(labels):
-            points = [(row.epoch + 1, row.value) for row in rows if (row.run, row.key) == (label,
-                                                                                           key)]
+            points = [(row.epoch + 1, row.value) for row in rows
+                      if row.run == label and row.key == key]
             if points:
-                axis.plot(*zip(*points), color=f"C{number % 10}", label=legend[number],
-                          linestyle=("-", "--", ":", "-.")[number // 10 % 4],
-                          marker="o", markersize=3, linewidth=1.2)
+                (handles[legend[number]],) = axis.plot(
+                    *zip(*points), color=f"C{number % 10}", marker="o", markersize=3,
+                    linestyle=LINES[number // 10 % len(LINES)], linewidth=1.2)
         axis.set_title("top-1 %" if key == "test_acc1" else key, fontsize=10)
         axis.set_xlabel("epochs done", fontsize=9)
         axis.grid(alpha=0.3)
-    for axis in axes.flat[len(keys):]:
-        axis.set_visible(False)
-    handles = dict(pair[::-1] for axis in axes.flat for pair in zip(
-        *axis.get_legend_handles_labels()))
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", fontsize=9)
     return figure
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="analysis.curves", description=__doc__.split("\n")[0])
+    parser = Parser(prog="analysis.curves", description=__doc__.split("\n\n")[0])
     flag = parser.add_argument
     flag("runs", nargs="+", type=Path, help="run folders")
     flag("--also", nargs="+", default=[], metavar="KEY", help="more keys of log.txt")
     flag("--labels", nargs="+", default=None, metavar="NAME", help="names for the runs, in order")
-    flag("--out", type=Path, default=Path("curves"), metavar="NAME", help="for NAME.png, NAME.csv")
-    flag("--overwrite", action=argparse.BooleanOptionalAction, default=False,
-         help="replace these files")
+    add_output_flags(parser, "curves", "NAME", "for NAME.png, NAME.csv")
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    def program() -> int:
-        args: argparse.Namespace = build_parser().parse(sys.argv[1:] if argv is None else argv)
-        found, left_out = read_runs(args.runs)
-        for reason in left_out:
-            print_once(f"left out: {reason}")
-        names = args.labels or unique_labels([run.folder.resolve().name for run in found])
-        if len(set(names)) != len(found):
-            raise UserError(f"--labels needs {len(found)} different names, one for each run that "
-                            f"could be read; got {', '.join(names)}.")
-        base = args.out.with_suffix("") if args.out.suffix in (".png", ".csv") else args.out
-        picture, table = (base.with_name(base.name + end) for end in (".png", ".csv"))
-        new_files([picture, table], args.overwrite)
-        runs = dict(zip(names, found))
-        keys = chosen_keys(found, args.also)
-        rows = table_rows(runs, keys)
-        write_text_atomically(csv_text(rows), table)
-        if figure_class() is None:
-            print_once(f"{table}; {NO_PICTURES}")
-            return 0
-        save_figure(draw(rows, names, keys), picture)
-        print_once(f"{picture} and {table}: {', '.join(keys)} of {len(runs)} run(s)")
+@program("analysis.curves", build_parser)
+def main(args: argparse.Namespace) -> int:
+    runs, left_out = read_runs(args.runs)
+    for reason in left_out:
+        print(f"left out: {reason}")
+    labels = args.labels or unique_labels([run.folder.resolve().name for run in runs])
+    if len(set(labels)) != len(runs):
+        raise UserError(f"--labels needs {len(runs)} different names, one for each run that could "
+                        f"be read; got {', '.join(labels)}.")
+    base = args.out.with_suffix("") if args.out.suffix in (".png", ".csv") else args.out
+    plot, table = (base.with_name(base.name + end) for end in (".png", ".csv"))
+    check_new([plot, table], args.overwrite)
+    keys = chosen_keys(runs, args.also)
+    rows = table_rows(dict(zip(labels, runs)), keys)
+    write_text_atomically(csv_text(rows), table)
+    if figure_class() is None:
+        print(f"{table}; {NO_PLOTS}")
         return 0
-
-    return run_program("analysis.curves", program)
+    save_figure(draw(rows, labels, keys), plot)
+    print(f"{plot} and {table}: {', '.join(keys)} of {len(runs)} run(s)")
+    return 0
 
 
 if __name__ == "__main__":

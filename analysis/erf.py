@@ -1,6 +1,10 @@
 """The effective receptive field of a network (Luo et al. 2016, arXiv 1701.04128), measured as
 RepLKNet (Ding et al. 2022, arXiv 2203.06717) and SLaK do.
 
+    python -m analysis.erf --checkpoint runs/*/checkpoint-best.pth --data-path IMAGENET
+    python -m analysis.erf --model slak_t --weights published --data-path IMAGENET --out erf
+    python -m analysis.erf --matrix erf/*.npy --out again     # maps from files
+
 A contribution map says how much each input pixel moves the central cell of the last feature map.
 Its extent is the side of the smallest centred square that holds a share t of it. Published extents
 are those of log10(1 + map), which depend on how large the gradients of a network happen to be:
@@ -10,7 +14,7 @@ map itself do not change when it is multiplied by a number. Both are given.
 import argparse
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,33 +25,35 @@ from torch import Tensor
 import data
 import models
 from analysis.common import (
-    NO_PICTURES,
+    NO_PLOTS,
     LoadedModel,
     add_image_flags,
     add_model_flags,
+    add_output_flags,
     by_group,
-    check_common,
     check_fits,
+    check_new,
     figure_class,
     file_name,
     in_lines,
     load_models,
-    markdown_table,
-    new_files,
-    refuse_flags,
+    panels,
     save_array,
     save_figure,
     save_tables,
     select,
+    single_process,
     unique_labels,
     validation_images,
 )
 from models.base import VisionModel
-from utils.config import Parser
-from utils.distributed import run_program, setup
-from utils.log import print_once, progress
+from utils.config import Parser, at_least, program
+from utils.log import markdown_table, progress
 from utils.registry import UserError, one_line, parse_spec
 from utils.rng import fold_seed
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 THRESHOLDS = (0.2, 0.3, 0.5, 0.99)
 SCALES = {"log": lambda contribution: np.log10(contribution + 1), "linear": lambda map_: map_}
@@ -67,11 +73,6 @@ class Field(NamedTuple):
     num_images: int | None  # None: not known, of a map from a file
     num_skipped: int  # images whose gradient was not finite
     per_image: dict[str, list[list[Extent]]]  # scale -> an image each -> a threshold each
-
-    @classmethod
-    def of_matrix(cls, matrix: np.ndarray) -> "Field":
-        """A mean map of which nothing else is known."""
-        return cls(matrix, None, 0, {scale: [] for scale in SCALES})
 
 
 def contributions(model: VisionModel, images: Tensor) -> Tensor:
@@ -133,9 +134,70 @@ def measure(model: VisionModel, batches: Iterable[Tensor]) -> Field:
     return Field((total / num_images).cpu().numpy(), num_images, num_skipped, per_image)
 
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+def measure_network(network: LoadedModel, loader: data.Loader, device: torch.device) -> Field:
+    model = network.model.eval().requires_grad_(False).fold().to(
+        device, memory_format=torch.channels_last)
+    transform = data.BatchTransform(model.input_mean, model.input_std, device)
+
+    def batches() -> Iterator[Tensor]:
+        with progress(network.label, len(loader)) as bar:
+            for batch in loader:
+                images = transform(batch.images.to(device, memory_format=torch.channels_last))
+                yield images[batch.readable.to(device)]
+                bar.update()
+
+    try:
+        return measure(model, batches())
+    except UserError as error:
+        raise UserError(f"{network.label}: {error} Are these the weights of a trained network?"
+                        ) from None
+
+
+def read_field(path: Path) -> Field:
+    """A mean map from a file, of which nothing else is known. Raises UserError for what is none."""
+    try:
+        matrix = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"--matrix {path} is no readable .npy file ({one_line(error)}).") from None
+    if not (isinstance(matrix, np.ndarray) and matrix.ndim == 2 and matrix.size
+            and np.issubdtype(matrix.dtype, np.number) and np.isfinite(matrix).all()
+            and matrix.min() >= 0 and matrix.max() > 0):
+        shape = getattr(matrix, "shape", "several arrays")
+        raise UserError(f"--matrix {path} must be one map (H, W) of finite numbers of at least 0, "
+                        f"not all of them 0; got {shape}, {getattr(matrix, 'dtype', '')}.")
+    return Field(matrix, None, 0, {scale: [] for scale in SCALES})
+
+
+PANELS_PER_ROW = 4
+SMALLEST_SHOWN = 1e-3  # of a map's largest contribution
+LINES = ("-", "--", "-.", ":")  # a threshold each
+
+
+def draw(maps: Mapping[str, np.ndarray]) -> "Figure":
+    """A panel for each map (H, W) under its name, all on one logarithmic scale relative to each
+    map's largest value, with the squares of the table's extents of log10(1 + map)."""
+    from matplotlib.colors import LogNorm
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Rectangle
+
+    figure, axes = panels(len(maps), PANELS_PER_ROW, width=3.2, height=3.45, margin=0.8)
+    norm = LogNorm(SMALLEST_SHOWN, 1)
+    for axis, (label, map_) in zip(axes, maps.items()):
+        height, width = map_.shape
+        shown = axis.imshow(np.maximum(map_ / map_.max(), SMALLEST_SHOWN), norm=norm, cmap="magma")
+        axis.set_title(f"{in_lines(label, 34)}\n{width} x {height} px", fontsize=9)
+        axis.set_axis_off()
+        for (side, _), line in zip(extents(map_), LINES):
+            corner = (width // 2 - side / 2, height // 2 - side / 2)
+            axis.add_patch(Rectangle(corner, side, side, fill=False, color="deepskyblue",
+                                     linestyle=line, linewidth=1))
+    figure.colorbar(shown, ax=axes, shrink=0.8, label="contribution / the map's largest")
+    handles = [Line2D([], [], color="deepskyblue", linestyle=line, label=f"{threshold:.0%}")
+               for threshold, line in zip(THRESHOLDS, LINES)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(LINES), fontsize=9,
+                  title="square with this share of log10(1 + map)", title_fontsize=9)
+    return figure
+
 
 DEFINITIONS = """\
 - side: of the smallest centred square with more than the share t of the mean map, in pixels. area:
@@ -168,14 +230,16 @@ def table_rows(label: str, group: str, field: Field) -> list[Row]:
     height, width = field.contribution.shape
     rows = []
     for scale in SCALES:
-        single = field.per_image[scale]  # per image, per threshold, (side, area)
-        for i, (threshold, found) in enumerate(
-                zip(THRESHOLDS, extents(field.contribution, scale))):
-            values = np.array([extents_[i] for extents_ in single]).reshape(-1, 2)
-            mean = values.mean(0).tolist() if len(values) else (None, None)
-            std = values.std(0, ddof=1).tolist() if len(values) > 1 else (None, None)
+        # per image, per threshold, (side, area)
+        single = np.array(field.per_image[scale]).reshape(-1, len(THRESHOLDS), 2)
+        for i, found in enumerate(extents(field.contribution, scale)):
+            mean, std = (None, None), (None, None)
+            if len(single):
+                mean = single[:, i].mean(0).tolist()
+            if len(single) > 1:
+                std = single[:, i].std(0, ddof=1).tolist()
             rows.append(Row(label, group, f"{height}x{width}", field.num_images, field.num_skipped,
-                            scale, threshold, *found, mean[0], std[0], mean[1], std[1]))
+                            scale, THRESHOLDS[i], *found, mean[0], std[0], mean[1], std[1]))
     return rows
 
 
@@ -183,11 +247,11 @@ def report(rows: Sequence[Row], spread: bool) -> str:
     """Markdown: a line for each network and scale; where several share a name, their mean; what the
     words mean."""
     measures = [f"{what} {t:.0%}" for what in ("side", "area") for t in THRESHOLDS]
-    networks = by_group(rows, [(row.network, row.scale) for row in rows])
+    networks = [*by_group(rows, [(row.network, row.scale) for row in rows]).values()]
     parts = [markdown_table(["network", "scale", "px", "images", *measures],
-                            [network_line(found) for found in networks.values()], 2)]
-    groups = by_group([*networks.values()], [
-        (found[0].group, found[0].scale, found[0].size) for found in networks.values()])
+                            [network_line(found) for found in networks], 2)]
+    groups = by_group(networks, [(found[0].group, found[0].scale, found[0].size)
+                                 for found in networks])
     means = [group_line(found) for found in groups.values() if len(found) > 1]
     if means:
         parts += ["Mean and sample standard deviation over the n networks of one name:",
@@ -195,8 +259,8 @@ def report(rows: Sequence[Row], spread: bool) -> str:
     notes = [f"- {row.network}: {row.skipped} image(s) left out, their gradients were not finite."
              for row in rows[::len(SCALES) * len(THRESHOLDS)] if row.skipped]
     if any(row.images for row in rows):
-        notes.append("- images: " + ("at equal distances through" if spread else "the first of")
-                     + " the validation set, warped to the square.")
+        which = "at equal distances through" if spread else "the first of"
+        notes.append(f"- images: {which} the validation set, warped to the square.")
     return "\n\n".join([*parts, "\n".join([DEFINITIONS, *notes])])
 
 
@@ -215,211 +279,114 @@ def with_spread(value: str, std: float | None, form: str) -> str:
 def group_line(networks: Sequence[Sequence[Row]]) -> list[str]:
     """`networks`: more than one, each as for `network_line`."""
     first = networks[0][0]
-    sides, areas = (np.array([[getattr(row, what) for row in rows] for rows in networks])
-                    for what in ("side", "area"))
-    return [first.group, first.scale, first.size, str(len(networks)),
-            *(f"{mean:.1f} +- {std:.1f}" for mean, std in zip(sides.mean(0), sides.std(0, ddof=1))),
-            *(f"{mean:.2%} +- {std:.2%}" for mean, std in zip(areas.mean(0),
-                                                             areas.std(0, ddof=1)))]
+    cells = [first.group, first.scale, first.size, str(len(networks))]
+    for what, form in (("side", ".1f"), ("area", ".2%")):
+        values = np.array([[getattr(row, what) for row in rows] for rows in networks])
+        for mean, std in zip(values.mean(0), values.std(0, ddof=1)):
+            cells.append(f"{mean:{form}} +- {std:{form}}")
+    return cells
 
 
-PANELS_PER_ROW = 4
-SMALLEST_SHOWN = 1e-3  # of a map's largest contribution
-LINES = ("-", "--", "-.", ":")  # a threshold each
+def controls(networks: Sequence[LoadedModel], seed: int) -> list[LoadedModel]:
+    """Each architecture of `networks` with the random weights that a run starts from, once for each
+    seed of their runs; `seed` where there is no run."""
+    keys = dict.fromkeys((tuple(network.spec), network.model.num_classes,
+                          network.settings.get("seed", seed)) for network in networks)
+    architectures = dict.fromkeys(key[:2] for key in keys)
+    names = unique_labels([f"{spec[0]}, untrained" for spec, _ in architectures])
+    name_of = dict(zip(architectures, names))
+    groups = [name_of[key[:2]] for key in keys]
+    taken = {network.group for network in networks} & {*groups}
+    if taken:
+        raise UserError(f"--labels: {min(taken)!r} is what the control is called; choose another "
+                        "name, or --no-control.")
+    found = []
+    for (spec, num_classes, seed_), label, group in zip(keys, unique_labels(groups), groups):
+        name, options = parse_spec(list(spec), "--model")
+        torch.manual_seed(fold_seed(seed_, "student"))
+        model = models.create_model(name, num_classes, **options)
+        found.append(LoadedModel(label, group, list(spec), model, {}))
+    return found
 
 
-def draw(maps: Mapping[str, np.ndarray]) -> "Figure":
-    """A panel for each map (H, W) under its name, all on one logarithmic scale relative to each
-    map's largest value, with the squares of the table's extents of log10(1 + map)."""
-    from matplotlib.colors import LogNorm
-    from matplotlib.lines import Line2D
-
-    columns = min(PANELS_PER_ROW, len(maps))
-    rows = -(-len(maps) // columns)
-    size = (max(3.2 * columns, 5), 3.45 * rows + 0.8)
-    figure = figure_class()(figsize=size, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
-    norm = LogNorm(SMALLEST_SHOWN, 1)
-    for axis, (label, map_) in zip(axes.flat, maps.items()):
-        image = axis.imshow(np.maximum(map_ / map_.max(), SMALLEST_SHOWN), norm=norm, cmap="magma")
-        axis.set_title(f"{in_lines(label, 34)}\n{map_.shape[1]} x {map_.shape[0]} px", fontsize=9)
-        axis.set_axis_off()
-        draw_squares(axis, map_)
-    for axis in axes.flat[len(maps):]:
-        axis.set_visible(False)
-    figure.colorbar(image, ax=axes, shrink=0.8, label="contribution / the map's largest")
-    handles = [Line2D([], [], color="deepskyblue", linestyle=line, label=f"{threshold:.0%}")
-               for threshold, line in zip(THRESHOLDS, LINES)]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(LINES), fontsize=9,
-                  title="square with this share of log10(1 + map)", title_fontsize=9)
-    return figure
-
-
-def draw_squares(axis: "Axes", map_: np.ndarray) -> None:
-    from matplotlib.patches import Rectangle
-
-    height, width = map_.shape
-    for (side, _), line in zip(extents(map_), LINES):
-        corner = (width // 2 - side / 2, height // 2 - side / 2)
-        axis.add_patch(Rectangle(corner, side, side, fill=False, color="deepskyblue",
-                                 linestyle=line, linewidth=1))
+def check_sizes(networks: Sequence[LoadedModel], size: int) -> None:
+    for network in networks:
+        model = network.model
+        if model.fixed_size and model.input_size != size:
+            raise UserError(f"{network.label} takes {model.input_size} px only. Measure all "
+                            f"networks there, with --size {model.input_size}: extents at different "
+                            "sizes cannot be compared.")
+    check_fits(networks, size, "--size")
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="analysis.erf", description=__doc__.split("\n")[0])
+    parser = Parser(prog="analysis.erf", description=__doc__.split("\n\n")[0])
     add_model_flags(parser)
     add_image_flags(parser)
     flag = parser.add_argument
     flag("--matrix", nargs="+", default=[], type=Path, metavar="NPY",
          help="contribution maps (H, W) from files, this program's or published ones")
-    flag("--images", type=int, default=50, help="validation images")
-    flag("--spread", action=argparse.BooleanOptionalAction, default=False,
-         help="take them at equal distances, not the first ones (of one class, often)")
-    flag("--size", type=int, default=1024, help="pixels; images are warped to that square")
-    flag("--batch-size", type=int, default=1, help="images at a time")
+    flag("--images", type=at_least(1), default=50, help="validation images")
+    flag("--size", type=at_least(1), default=1024, help="pixels; images are warped to that square")
+    flag("--batch-size", type=at_least(1), default=1, help="images at a time")
     flag("--control", action=argparse.BooleanOptionalAction, default=True,
          help="also measure each architecture with random weights")
     flag("--seed", type=int, default=0, help="of random weights where no run says its own")
-    flag("--out", type=Path, default=Path("erf"), metavar="FOLDER", help="where everything goes")
-    flag("--overwrite", action=argparse.BooleanOptionalAction, default=False,
-         help="replace files of the same names there")
+    add_output_flags(parser, "erf", "FOLDER", "where everything goes")
     return parser
 
 
-def refuse_useless(given: Sequence[str], has_models: bool, has_networks: bool) -> None:
-    if not has_networks and "matrix" in given:
-        measuring = {"images", "spread", "size", "batch_size", "control", "seed", "data_set",
-                     "data_path", "num_workers", "skip_bad_images", "device", "weights_key"}
-        refuse_flags(given, measuring, "on --matrix alone, which is measured already")
-    if not has_models:
-        refuse_flags(given, {"num_classes"}, "without --model: a checkpoint knows its classes")
+@program("analysis.erf", build_parser)
+def main(args: argparse.Namespace) -> int:
+    device = single_process(args.device)
+    networks = load_models(
+        args.checkpoint, args.model, args.weights, weights_key=args.weights_key, seed=args.seed,
+        num_classes=args.num_classes, labels=args.labels, num_others=len(args.matrix))
+    if not networks and not args.matrix:
+        raise UserError("nothing to measure: give --checkpoint FILES, --model NAME with --weights "
+                        "SOURCE, or --matrix FILES.")
+    matrix_names = unique_labels([path.stem for path in args.matrix])
+    if args.labels:
+        matrix_names = args.labels[len(networks):]
+    fields_of_files = [read_field(path) for path in args.matrix]
+    check_sizes(networks, args.size)
+    loader = None
+    if networks:
+        images = validation_images(args.data_set, args.data_path, networks)
+        loader = data.eval_loader(
+            select(images, args.images, args.spread), data.warp_transform(args.size),
+            batch_size=args.batch_size, num_workers=args.num_workers,
+            skip_bad_images=args.skip_bad_images)
+        if args.control:
+            networks += controls(networks, args.seed)
+    arrays = unique_labels([file_name(network.label) for network in networks])
+    arrays = [args.out / f"{name}.npy" for name in arrays]
+    check_new([*arrays, *(args.out / f"erf.{end}" for end in ("md", "csv", "png"))], args.overwrite)
 
-
-def controls(subjects: Sequence[LoadedModel], seed: int) -> list[LoadedModel]:
-    """Each architecture of `subjects` with the random weights that a run starts from, once for each
-    seed of their runs; `seed` where there is no run."""
-    keys = dict.fromkeys((tuple(subject.words), subject.model.num_classes,
-                          subject.settings.get("seed", seed)) for subject in subjects)
-    networks = dict.fromkeys(key[:2] for key in keys)
-    names = dict(zip(networks, unique_labels([f"{words[0]}, untrained" for words, _ in networks])))
-    groups = [names[key[:2]] for key in keys]
-    taken = {subject.group for subject in subjects} & {*groups}
-    if taken:
-        raise UserError(f"--labels: {min(taken)!r} is what the control is called; choose another "
-                        "name, or --no-control.")
-    found = []
-    for (words, num_classes, seed_), label, group in zip(keys, unique_labels(groups), groups):
-        name, options = parse_spec(list(words), "--model")
-        torch.manual_seed(fold_seed(seed_, "student"))
-        model = models.create_model(name, num_classes, **options)
-        found.append(LoadedModel(label, group, list(words), model, {}))
-    return found
-
-
-def check_sizes(subjects: Sequence[LoadedModel], size: int) -> None:
-    for subject in subjects:
-        if subject.model.input_size not in (None, size):
-            raise UserError(f"{subject.label} takes {subject.model.input_size} px only. Measure "
-                            f"all networks there, with --size {subject.model.input_size}: extents "
-                            "at different sizes cannot be compared.")
-    check_fits(subjects, size, "--size")
-
-
-def measure_network(subject: LoadedModel, loader: data.Loader, device: torch.device) -> Field:
-    model = subject.model.eval().requires_grad_(False).fold().to(
-        device, memory_format=torch.channels_last)
-    prepare = data.BatchTransform(model.input_mean, model.input_std, device)
-
-    def batches() -> Iterator[Tensor]:
-        with progress(subject.label, len(loader)) as bar:
-            for pictures, _, indices in loader:
-                images = prepare(pictures.to(device, memory_format=torch.channels_last))
-                yield images[(indices >= 0).to(device)]
-                bar.update()
-
-    try:
-        return measure(model, batches())
-    except UserError as error:
-        raise UserError(f"{subject.label}: {error} Are these the weights of a trained network?"
-                        ) from None
-
-
-def array_names(subjects: Sequence[LoadedModel]) -> list[str]:
-    return [f"{name}.npy" for name in unique_labels([file_name(subject.label)
-                                                  for subject in subjects])]
-
-
-def read_matrix(path: Path) -> np.ndarray:
-    """A contribution map. Raises UserError for what is none."""
-    try:
-        matrix = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"--matrix {path} is no readable .npy file ({one_line(error)}).") from None
-    if not (isinstance(matrix, np.ndarray) and matrix.ndim == 2 and matrix.size
-            and np.issubdtype(matrix.dtype, np.number) and np.isfinite(matrix).all()
-            and matrix.min() >= 0 and matrix.max() > 0):
-        shape = getattr(matrix, "shape", "several arrays")
-        raise UserError(f"--matrix {path} must be one map (H, W) of finite numbers of at least 0, "
-                        f"not all of them 0; got {shape}, {getattr(matrix, 'dtype', '')}.")
-    return matrix
-
-
-def run(subjects: Sequence[LoadedModel], matrices: Sequence[tuple[str, np.ndarray]],
-        loader: data.Loader | None, *, device: torch.device, out: Path, spread: bool) -> None:
-    """Measure, print the table, write everything below `out`."""
     fields = []
-    for subject, name in zip(subjects, array_names(subjects)):
-        fields.append(measure_network(subject, loader, device))
-        save_array(fields[-1].contribution, out / name)
-    fields += [Field.of_matrix(matrix) for _, matrix in matrices]
-    groups = [subject.group for subject in subjects] + [name for name, _ in matrices]
+    if networks:
+        with closing(loader):
+            for network, path in zip(networks, arrays):
+                fields.append(measure_network(network, loader, device))
+                save_array(fields[-1].contribution, path)
+    fields += fields_of_files
+    groups = [network.group for network in networks] + matrix_names
     rows = [row for label, group, field in zip(unique_labels(groups), groups, fields)
             for row in table_rows(label, group, field)]
-    text = report(rows, spread)
-    save_tables(text, rows, out / "erf")
-    print_once(text)
+    text = report(rows, args.spread)
+    save_tables(text, rows, args.out / "erf")
+    print(text)
     if figure_class() is None:
-        return print_once(f"{NO_PICTURES} Afterwards: python -m analysis.erf --matrix {out}/*.npy "
-                   f"--out {out}-picture")
-    panels = {group if len(found) == 1 else f"{group}, first of {len(found)}":
-              found[0].contribution for group, found in by_group(fields, groups).items()}
-    save_figure(draw(panels), out / "erf.png")
-    print_once(f"maps, table and picture are in {out}")
-
-
-def main(argv: list[str] | None = None) -> int:
-    def program() -> int:
-        args: argparse.Namespace = build_parser().parse(sys.argv[1:] if argv is None else argv)
-        refuse_useless(args.given, bool(args.model), bool(args.model or args.checkpoint))
-        device = setup(args.device)
-        check_common({"--images": (args.images, 1), "--size": (args.size, 1),
-                      "--batch-size": (args.batch_size, 1), "--num-workers": (args.num_workers, 0)})
-        subjects = load_models(
-            args.checkpoint, args.model, args.weights, weights_key=args.weights_key,
-            num_classes=args.num_classes, labels=args.labels, seed=args.seed,
-            others=len(args.matrix))
-        if not subjects and not args.matrix:
-            raise UserError("nothing to measure: give --checkpoint FILES, --model NAME with "
-                            "--weights SOURCE, or --matrix FILES.")
-        names = args.labels[len(subjects):] if args.labels else unique_labels(
-            [path.stem for path in args.matrix])
-        matrices = list(zip(names, map(read_matrix, args.matrix)))
-        check_sizes(subjects, args.size)
-        loader = None
-        if subjects:
-            source = select(validation_images(args.data_set, args.data_path, subjects),
-                            args.images, args.spread)
-            loader = data.eval_loader(
-                source, data.warp_transform(args.size), batch_size=args.batch_size,
-                num_workers=args.num_workers, skip_bad_images=args.skip_bad_images)
-            subjects += controls(subjects, args.seed) if args.control else []
-        new_files([args.out / name for name in [*array_names(subjects), "erf.md", "erf.csv",
-                                                "erf.png"]], args.overwrite)
-        with closing(loader) if loader else nullcontext():
-            run(subjects, matrices, loader, device=device, out=args.out, spread=args.spread)
+        print(f"{NO_PLOTS} Afterwards: python -m analysis.erf --matrix {args.out}/*.npy --out "
+              f"{args.out}-plot")
         return 0
-
-    return run_program("analysis.erf", program)
+    maps = {}
+    for group, found in by_group(fields, groups).items():
+        title = group if len(found) == 1 else f"{group}, first of {len(found)}"
+        maps[title] = found[0].contribution
+    save_figure(draw(maps), args.out / "erf.png")
+    print(f"maps, table and plot are in {args.out}")
+    return 0
 
 
 if __name__ == "__main__":

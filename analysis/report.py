@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 from analysis.common import Run, csv_text, read_runs
 from utils.checkpoint import FREE_ON_RESUME, write_text_atomically
-from utils.config import Parser
+from utils.config import Parser, program
+from utils.log import markdown_table
 from utils.registry import UserError
 
 # What may differ between runs of one row: the seed, and where and how they ran.
@@ -55,8 +56,10 @@ def settings(run: Run, left_out: frozenset[str] = NOT_COMPARED) -> dict[str, Any
     """What runs of one row share. Each seed may have the teacher of its own seed."""
     if is_supervised(run):
         left_out |= {"teacher_weights", "teacher_weights_key"}
-    return {name: re.sub(r"-seed\d+", "", str(value)) if name == "teacher_weights" else value
-            for name, value in run.args.items() if name not in left_out}
+    shared = {name: value for name, value in run.args.items() if name not in left_out}
+    if "teacher_weights" in shared:
+        shared["teacher_weights"] = re.sub(r"-seed\d+", "", str(shared["teacher_weights"]))
+    return shared
 
 
 def differing(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
@@ -64,11 +67,15 @@ def differing(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
             if first.get(name, "not set") != second.get(name, "not set")]
 
 
-def in_words(values: dict[str, Any], names: list[str]) -> str:
+def described(values: dict[str, Any], names: list[str]) -> str:
     """'lr 0.01, opt_betas 0.9 0.95'"""
-    found = [(name, values.get(name, "not set")) for name in names]
-    return ", ".join(f"{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
-                     for name, value in found)
+    found = []
+    for name in names:
+        value = values.get(name, "not set")
+        if isinstance(value, list):
+            value = " ".join(map(str, value))
+        found.append(f"{name} {value}")
+    return ", ".join(found)
 
 
 def group_runs(runs: list[Run]) -> tuple[list[list[Run]], list[str]]:
@@ -105,8 +112,8 @@ def find_baseline(run: Run, groups: list[list[Run]]) -> tuple[float | None, str]
     if plain:
         return statistics.mean(other.acc1 for other in plain[0]), ""
     names, nearest = min(candidates, key=lambda candidate: len(candidate[0]))
-    return None, (f"no finished supervised run with {in_words(wanted, names)} (nearest: "
-                  f"{nearest[0].folder}, {in_words(settings(nearest[0]), names)})")
+    return None, (f"no finished supervised run with {described(wanted, names)} (nearest: "
+                  f"{nearest[0].folder}, {described(settings(nearest[0]), names)})")
 
 
 def make_row(group: list[Run], groups: list[list[Run]]) -> Row:
@@ -124,33 +131,41 @@ def make_row(group: list[Run], groups: list[list[Run]]) -> Row:
             relative = direct / (teacher - baseline)
     std = statistics.stdev(run.acc1 for run in group) if len(group) > 1 else None
     return Row(" ".join(run.args["teacher"]), teacher, student,
-               " + ".join(" ".join(words) for words in run.args["loss"]), run.args["epochs"],
+               " + ".join(" ".join(spec) for spec in run.args["loss"]), run.args["epochs"],
                len(group), acc1, std, direct, relative, not_compared,
                ", ".join(str(run.folder) for run in group))
 
 
-def markdown_table(rows: list[Row]) -> str:
-    lines = ["| teacher | teacher top-1 | student | loss | epochs | n | top-1 % | direct gain | "
-             "relative gain |", "|---|---:|---|---|---:|---:|---:|---:|---:|"]
+def table(rows: list[Row]) -> str:
+    header = ["teacher", "teacher top-1", "student", "loss", "epochs", "n", "top-1 %",
+              "direct gain", "relative gain"]
+    lines = []
     for row in rows:
-        spread = "" if row.acc1_std is None else f" +- {row.acc1_std:.2f}"
-        teacher = "-" if row.teacher_acc1 is None else f"{row.teacher_acc1:.2f}"
-        gains = " | ".join("-" if gain is None else f"{gain:+.2f}"
-                           for gain in (row.direct_gain, row.relative_gain))
-        lines.append(f"| {row.teacher} | {teacher} | {row.student} | {row.loss} | {row.epochs} | "
-                     f"{row.n} | {row.acc1:.2f}{spread} | {gains} |")
-    return "\n".join(lines)
+        acc1 = f"{row.acc1:.2f}"
+        if row.acc1_std is not None:
+            acc1 += f" +- {row.acc1_std:.2f}"
+        lines.append([row.teacher, number(row.teacher_acc1, ".2f"), row.student, row.loss,
+                      str(row.epochs), str(row.n), acc1, number(row.direct_gain, "+.2f"),
+                      number(row.relative_gain, "+.2f")])
+    return markdown_table(header, lines, num_text_columns=4)
+
+
+def number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
 def markdown(rows: list[Row], left_out: list[str]) -> str:
     """The table and its definitions; apart from it, what could not be compared and why."""
     compared = [row for row in rows if not row.not_compared]
     others = [row for row in rows if row.not_compared]
-    parts = [markdown_table(compared)] if compared else []
+    parts = []
+    if compared:
+        parts += [table(compared), DEFINITIONS]
     if others:
-        parts += ["Without a supervised run to compare with:", markdown_table(others),
+        parts += ["Without a supervised run to compare with:", table(others),
                   "\n".join(f"- {row.runs}: {row.not_compared}" for row in others)]
-    parts.insert(1 if compared else len(parts), DEFINITIONS)
+    if not compared:
+        parts.append(DEFINITIONS)
     names = [(row.teacher, row.student, row.loss, row.epochs) for row in compared]
     notes = [f"- same names, other settings: {row.acc1:.2f} is {row.runs}"
              for row, name in zip(compared, names) if names.count(name) > 1]
@@ -165,30 +180,37 @@ def write_files(base: Path, texts: dict[str, str]) -> None:
                         "name another.")
     files = {Path(f"{base}{suffix}"): text for suffix, text in texts.items()}
     for path, text in files.items():
-        first_line = text.splitlines()[0].encode()
-        if path.exists() and not (path.is_file() and path.read_bytes().startswith(first_line)):
+        if path.exists() and not starts_with(path, text.splitlines()[0]):
             raise UserError(f"--out {base} would overwrite {path}, which this command did not "
                             "write. Give another name.")
     for path, text in files.items():
         write_text_atomically(text, path)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = Parser(prog="analysis.report", description=__doc__.split("\n")[0])
+def starts_with(path: Path, line: str) -> bool:
+    """False for what is no file that can be read."""
+    try:
+        return path.read_bytes().startswith(line.encode())
+    except OSError:
+        return False
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="analysis.report", description=__doc__.split("\n\n")[0])
     parser.add_argument("runs", nargs="+", type=Path, help="run folders")
     parser.add_argument("--out", type=Path, metavar="NAME", help="also write NAME.md and NAME.csv")
-    try:
-        args: argparse.Namespace = parser.parse(sys.argv[1:] if argv is None else argv)
-        runs, unreadable = read_runs(args.runs)
-        groups, left_out = group_runs(runs)
-        rows = [make_row(group, groups) for group in groups]
-        text = markdown(rows, unreadable + left_out)
-        print(text)
-        if args.out is not None:
-            write_files(args.out, {".md": f"{MARK}\n{text}\n", ".csv": csv_text(rows, digits=4)})
-    except (UserError, OSError) as error:  # the latter: a file at --out may not be read
-        print(f"analysis.report: error: {error}", file=sys.stderr)
-        return 2
+    return parser
+
+
+@program("analysis.report", build_parser)
+def main(args: argparse.Namespace) -> int:
+    runs, unreadable = read_runs(args.runs)
+    groups, left_out = group_runs(runs)
+    rows = [make_row(group, groups) for group in groups]
+    text = markdown(rows, unreadable + left_out)
+    print(text)
+    if args.out is not None:
+        write_files(args.out, {".md": f"{MARK}\n{text}\n", ".csv": csv_text(rows, digits=4)})
     return 0
 
 

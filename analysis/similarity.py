@@ -1,14 +1,18 @@
-"""Linear centred kernel alignment of feature maps, accumulated over minibatches.
+"""What networks have in common: linear centred kernel alignment (CKA) of their feature maps, and
+agreement and divergence of their predictions. The first is compared with each of the others.
 
-Kornblith et al. 2019 (arXiv 1905.00414) with the unbiased estimator of HSIC of Song et al. 2012
-(JMLR 13), summed over minibatches as in Nguyen et al. 2021 (arXiv 2010.15327): the result does not
-depend on the size of the batches but for its noise, as long as each batch is drawn at random.
+    python -m analysis.similarity --checkpoint TEACHER STUDENT STUDENT2 --data-path IMAGENET
+    python -m analysis.similarity --model slak_t --weights published --model resnet50 \\
+        --weights published --data-path IMAGENET --images 5000 --spread
+
+CKA is that of Kornblith et al. 2019 (arXiv 1905.00414) with the unbiased estimator of HSIC of Song
+et al. 2012 (JMLR 13), summed over minibatches as in Nguyen et al. 2021 (arXiv 2010.15327): it does
+not depend on the size of the batches but for its noise, as long as each batch is drawn at random.
 """
 import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import closing
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -17,32 +21,34 @@ from torch import Tensor
 
 import data
 from analysis.common import (
-    NO_PICTURES,
+    NO_PLOTS,
     LoadedModel,
     add_image_flags,
     add_model_flags,
+    add_output_flags,
     by_group,
-    check_common,
     check_fits,
+    check_new,
     figure_class,
     in_lines,
     load_models,
-    markdown_table,
-    new_files,
-    refuse_flags,
+    panels,
     save_array,
     save_figure,
     save_tables,
     select,
     shuffled,
+    single_process,
     validation_images,
 )
-from models.base import IMAGENET_MEAN, IMAGENET_STD, FeatureInfo
+from models.base import IMAGENET_MEAN, IMAGENET_STD
 from models.distiller import FrozenTeacher
-from utils.config import Parser
-from utils.distributed import run_program, setup
-from utils.log import print_once, progress
+from utils.config import Parser, at_least, program
+from utils.log import markdown_table, progress
 from utils.registry import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SMALLEST_BATCH = 4  # images that the unbiased estimator needs
 
@@ -92,18 +98,33 @@ class MinibatchCKA:
         return torch.where(scale > 0, self.between / scale, torch.nan).numpy()
 
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+class PredictionSums:
+    """Sums over images of what two networks' logits have in common."""
 
-DEFINITIONS = """\
-- agreement@k: mean share of the k most probable classes that both networks have in common.
-- KL: mean over the images, in nats, of sum p log(p / q); p of the first network named, q of the
-  second.
-- CKA: linear, of the maps flattened per image, unbiased, over whole batches of {} images in
-  random order; 1 for features equal up to rotation and scale, near 0 for independent ones."""
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = {}
+        self.number = 0
+
+    def add(self, first: Tensor, other: Tensor) -> None:
+        """Logits (N, K) of the same images and classes."""
+        log_p, log_q = (logits.double().log_softmax(1) for logits in (first, other))
+        values = {f"agreement@{k}": 100 * overlap(first, other, k) for k in (1, 5)}
+        values["KL(first, other)"] = (log_p.exp() * (log_p - log_q)).sum(1)
+        values["KL(other, first)"] = (log_q.exp() * (log_q - log_p)).sum(1)
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.sum().item()
+        self.number += len(first)
+
+    def means(self) -> dict[str, float]:
+        return {name: value / self.number for name, value in self.sums.items()}
 
 
-PANELS_PER_ROW = 3
+def overlap(first: Tensor, other: Tensor, k: int) -> Tensor:
+    """(N, K) each -> (N,): share of the k largest classes, or of all where there are fewer, that
+    both have."""
+    k = min(k, first.shape[1])
+    tops = [logits.topk(k, dim=1).indices for logits in (first, other)]
+    return (tops[0][:, :, None] == tops[1][:, None, :]).sum((1, 2)).double() / k
 
 
 class Pair(NamedTuple):
@@ -117,8 +138,99 @@ class Pair(NamedTuple):
     num_for_cka: int
 
 
+def have_same_classes(first: LoadedModel, other: LoadedModel) -> bool:
+    if None in (first.classes, other.classes):
+        return first.model.num_classes == other.model.num_classes
+    return first.classes == other.classes
+
+
+@torch.no_grad()
+def compare(networks: Sequence[LoadedModel], loader: data.Loader, device: torch.device,
+            batch_size: int) -> list[Pair]:
+    """The first of `networks` against each of the others. Every one gets the same images,
+    normalised as its weights expect and resized where they expect another size, as a teacher does.
+    Raises UserError when too few of them could be read."""
+    teachers = [FrozenTeacher(network.model, IMAGENET_MEAN, IMAGENET_STD).to(device)
+                for network in networks]
+    num_stages = [len(network.model.feature_info) for network in networks]
+    alignments = [MinibatchCKA(num_stages[0], number) for number in num_stages[1:]]
+    predictions = [PredictionSums() if have_same_classes(networks[0], other) else None
+                   for other in networks[1:]]
+    transform = data.BatchTransform(IMAGENET_MEAN, IMAGENET_STD, device)
+    num_images = num_for_cka = 0
+    with progress("compare", len(loader)) as bar:
+        for batch in loader:
+            images = transform(batch.images.to(device, memory_format=torch.channels_last))
+            images = images[batch.readable.to(device)]
+            bar.update()
+            if not len(images):
+                continue
+            num_images += len(images)
+            first, *others = [teacher.forward_with_features(images) for teacher in teachers]
+            for sums, other in zip(predictions, others):
+                if sums is not None:
+                    sums.add(first.logits, other.logits)
+            if len(images) == batch_size:
+                num_for_cka += len(images)
+                grams = [gram(feature) for feature in first.features]
+                for alignment, other in zip(alignments, others):
+                    alignment.add(grams, [gram(feature) for feature in other.features])
+    if not num_for_cka:
+        raise UserError(f"no batch of {batch_size} images without an unreadable one, of "
+                        f"{num_images} that could be read. Lower --batch-size or give more.")
+    return [Pair(networks[0], other, alignment.value(), sums.means() if sums else None, num_images,
+                 num_for_cka)
+            for other, alignment, sums in zip(networks[1:], alignments, predictions)]
+
+
+def grouped(pairs: Sequence[Pair]) -> dict[str, list[Pair]]:
+    """Pairs whose other network has one name: seeds of one."""
+    return by_group(pairs, [pair.other.group for pair in pairs])
+
+
+def mean_cka(pairs: Sequence[Pair]) -> np.ndarray:
+    return np.mean([pair.cka for pair in pairs], axis=0)
+
+
+def stage_names(network: LoadedModel) -> list[str]:
+    return [f"{info.channels}/{info.stride}" for info in network.model.feature_info]
+
+
+PANELS_PER_ROW = 3
+
+
+def draw(pairs: Sequence[Pair]) -> "Figure":
+    """A panel for each group of pairs on one scale from 0 to 1, the mean values in the cells."""
+    groups = grouped(pairs)
+    height, width = np.max([pair.cka.shape for pair in pairs], axis=0)
+    figure, axes = panels(len(groups), PANELS_PER_ROW, width=1.9 + 0.75 * width,
+                          height=1.6 + 0.6 * height, margin=0.4)
+    for axis, (group, found) in zip(axes, groups.items()):
+        cka = mean_cka(found)
+        shown = axis.imshow(cka, vmin=0, vmax=1, cmap="viridis")
+        for (i, j), value in np.ndenumerate(cka):
+            axis.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=8,
+                      color="black" if value > 0.6 else "white")
+        other = f"{group}, n = {len(found)}" if len(found) > 1 else group
+        columns, rows = stage_names(found[0].other), stage_names(found[0].first)
+        axis.set_xticks(range(len(columns)), columns, fontsize=8)
+        axis.set_yticks(range(len(rows)), rows, fontsize=8)
+        axis.set_xlabel(in_lines(other, 34), fontsize=9)
+        axis.set_ylabel(in_lines(found[0].first.label, 34), fontsize=9)
+    figure.colorbar(shown, ax=axes, label="linear CKA")
+    return figure
+
+
+DEFINITIONS = """\
+- agreement@k: mean share of the k most probable classes that both networks have in common.
+- KL: mean over the images, in nats, of sum p log(p / q); p of the first network named, q of the
+  second.
+- CKA: linear, of the maps flattened per image, unbiased, over whole batches of {} images in
+  random order; 1 for features equal up to rotation and scale, near 0 for independent ones."""
+
+
 class Row(NamedTuple):
-    """A figure: a line of the CSV."""
+    """A value: a line of the CSV."""
     first: str
     other: str
     group: str  # the other without its seed
@@ -142,27 +254,22 @@ def table_rows(pairs: Sequence[Pair]) -> list[Row]:
 
 def report(pairs: Sequence[Pair], batch_size: int) -> str:
     """Markdown: a table of predictions, then one of stages for each group of pairs."""
-    heads = ["first", "other", "n", "images", "agreement@1 %", "agreement@5 %", "KL(first, other)",
-             "KL(other, first)"]
+    header = ["first", "other", "n", "images", "agreement@1 %", "agreement@5 %", "KL(first, other)",
+              "KL(other, first)"]
     groups = grouped(pairs)
     lines = [[pairs[0].first.label, group, str(len(found)), f"{found[0].num_images:,}",
               *prediction_cells(found)] for group, found in groups.items()]
-    parts = [markdown_table(heads, lines, 2), DEFINITIONS.format(batch_size)]
+    parts = [markdown_table(header, lines, 2), DEFINITIONS.format(batch_size)]
     if any(pair.predictions is None for pair in pairs):
         parts.append("'-': the two networks have other classes.")
     for group, found in groups.items():
-        columns = [describe_stage(info) for info in found[0].other.model.feature_info]
-        cells = [[describe_stage(info), *(f"{value:.3f}" for value in row)]
-                 for info, row in zip(found[0].first.model.feature_info, mean_cka(found))]
-        parts.append(f"CKA of {found[0].first.label} (rows) and {group} (columns), mean over "
+        first = found[0].first
+        cells = [[stage, *(f"{value:.3f}" for value in row)]
+                 for stage, row in zip(stage_names(first), mean_cka(found))]
+        parts.append(f"CKA of {first.label} (rows) and {group} (columns), mean over "
                      f"n = {len(found)}, {found[0].num_for_cka:,} images; channels/stride:")
-        parts.append(markdown_table(["", *columns], cells))
+        parts.append(markdown_table(["", *stage_names(found[0].other)], cells))
     return "\n\n".join(parts)
-
-
-def grouped(pairs: Sequence[Pair]) -> dict[str, list[Pair]]:
-    """Pairs whose other network has one name: seeds of one."""
-    return by_group(pairs, [pair.other.group for pair in pairs])
 
 
 def prediction_cells(pairs: Sequence[Pair]) -> list[str]:
@@ -173,193 +280,67 @@ def prediction_cells(pairs: Sequence[Pair]) -> list[str]:
     for name in pairs[0].predictions:
         values = [pair.predictions[name] for pair in pairs]
         digits = 2 if "@" in name else 4
-        spread = f" +- {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-        cells.append(f"{np.mean(values):.{digits}f}{spread}")
+        cells.append(f"{np.mean(values):.{digits}f}")
+        if len(values) > 1:
+            cells[-1] += f" +- {np.std(values, ddof=1):.{digits}f}"
     return cells
 
 
-def mean_cka(pairs: Sequence[Pair]) -> np.ndarray:
-    return np.mean([pair.cka for pair in pairs], axis=0)
-
-
-def describe_stage(info: FeatureInfo) -> str:
-    return f"{info.channels}/{info.stride}"
-
-
-def draw(pairs: Sequence[Pair]) -> "Figure":
-    """A panel for each group of pairs on one scale from 0 to 1, the mean values in the cells."""
-    groups = grouped(pairs)
-    columns = min(PANELS_PER_ROW, len(groups))
-    rows = -(-len(groups) // columns)
-    height, width = np.max([pair.cka.shape for pair in pairs], axis=0)
-    size = (max(5, (1.6 + 0.75 * width) * columns + 1), (1.6 + 0.6 * height) * rows + 0.4)
-    figure = figure_class()(figsize=size, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for axis, (group, found) in zip(axes.flat, groups.items()):
-        cka = mean_cka(found)
-        image = axis.imshow(cka, vmin=0, vmax=1, cmap="viridis")
-        for (i, j), value in np.ndenumerate(cka):
-            axis.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=8,
-                      color="black" if value > 0.6 else "white")
-        other = f"{group}, n = {len(found)}" if len(found) > 1 else group
-        for label, subject, set_ticks, set_label in (
-                (other, found[0].other, axis.set_xticks, axis.set_xlabel),
-                (found[0].first.label, found[0].first, axis.set_yticks, axis.set_ylabel)):
-            names = [describe_stage(info) for info in subject.model.feature_info]
-            set_ticks(range(len(names)), names, fontsize=8)
-            set_label(in_lines(label, 34), fontsize=9)
-    for axis in axes.flat[len(groups):]:
-        axis.set_visible(False)
-    figure.colorbar(image, ax=axes, label="linear CKA")
-    return figure
-
-
-class PredictionSums:
-    """Sums over images of what two networks' logits have in common."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, float] = {}
-        self.number = 0
-
-    def add(self, first: Tensor, other: Tensor) -> None:
-        """Logits (N, K) of the same images and classes."""
-        logs = [logits.double().log_softmax(1) for logits in (first, other)]
-        values = {f"agreement@{k}": 100 * overlap(first, other, k) for k in (1, 5)}
-        values["KL(first, other)"] = (logs[0].exp() * (logs[0] - logs[1])).sum(1)
-        values["KL(other, first)"] = (logs[1].exp() * (logs[1] - logs[0])).sum(1)
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value.sum().item()
-        self.number += len(first)
-
-    def means(self) -> dict[str, float]:
-        return {name: value / self.number for name, value in self.sums.items()}
-
-
-def overlap(first: Tensor, other: Tensor, k: int) -> Tensor:
-    """(N, K) each -> (N,): share of the k largest classes, or of all where there are fewer, that
-    both have."""
-    k = min(k, first.shape[1])
-    tops = [logits.topk(k, dim=1).indices for logits in (first, other)]
-    return (tops[0][:, :, None] == tops[1][:, None, :]).sum((1, 2)).double() / k
-
-
-def have_same_classes(first: LoadedModel, other: LoadedModel) -> bool:
-    known = None not in (first.classes, other.classes)
-    return first.classes == other.classes if known else (
-        first.model.num_classes == other.model.num_classes)
-
-
-@torch.no_grad()
-def compare(subjects: Sequence[LoadedModel], loader: data.Loader, device: torch.device,
-            batch_size: int) -> list[Pair]:
-    """The first of `subjects` against each of the others. Every network gets the same pictures,
-    normalised as its weights expect and resized for those that take one size only, as a teacher
-    does. Raises UserError when too few of them could be read."""
-    networks = [FrozenTeacher(subject.model, IMAGENET_MEAN, IMAGENET_STD).to(device)
-                for subject in subjects]
-    stages = [len(subject.model.feature_info) for subject in subjects]
-    alignments = [MinibatchCKA(stages[0], number) for number in stages[1:]]
-    predictions = [PredictionSums() if have_same_classes(subjects[0], other) else None
-                   for other in subjects[1:]]
-    prepare = data.BatchTransform(IMAGENET_MEAN, IMAGENET_STD, device)
-    num_images = num_for_cka = 0
-    with progress("compare", len(loader)) as bar:
-        for pictures, _, indices in loader:
-            images = prepare(pictures.to(device, memory_format=torch.channels_last))
-            images = images[(indices >= 0).to(device)]
-            if len(images):
-                first, *others = [network(images) for network in networks]
-                num_images += len(images)
-                for sums, other in zip(predictions, others):
-                    if sums is not None:
-                        sums.add(first.logits, other.logits)
-            if len(images) == batch_size:
-                num_for_cka += len(images)
-                grams, *more = [[*map(gram, out.features)] for out in (first, *others)]
-                for alignment, other in zip(alignments, more):
-                    alignment.add(grams, other)
-            bar.update()
-    if not num_for_cka:
-        raise UserError(f"no batch of {batch_size} pictures without an unreadable one, of "
-                        f"{num_images} that could be read. Lower --batch-size or give more.")
-    return [Pair(subjects[0], other, alignment.value(), sums and sums.means(), num_images,
-                 num_for_cka)
-            for other, alignment, sums in zip(subjects[1:], alignments, predictions)]
-
-
-def run(subjects: Sequence[LoadedModel], loader: data.Loader, *, device: torch.device,
-        batch_size: int, out: Path) -> None:
-    """Compare, print the tables, write everything below `out`."""
-    with closing(loader):
-        pairs = compare(subjects, loader, device, batch_size)
-    text = report(pairs, batch_size)
-    save_tables(text, table_rows(pairs), out / "similarity")
-    for number, pair in enumerate(pairs, 1):
-        save_array(pair.cka, out / f"cka-{number}.npy")
-    print_once(text)
-    if figure_class() is None:
-        return print_once(NO_PICTURES)
-    save_figure(draw(pairs), out / "similarity.png")
-    print_once(f"\ntables, arrays and picture are in {out}")
-
-
 def build_parser() -> Parser:
-    parser = Parser(prog="analysis.similarity", description=" ".join(
-        __doc__.split("\n\n")[0].split()))
+    parser = Parser(prog="analysis.similarity", description=__doc__.split("\n\n")[0])
     add_model_flags(parser)
     add_image_flags(parser)
     flag = parser.add_argument
-    flag("--images", type=int, default=None, help="validation images; default: all")
-    flag("--spread", action=argparse.BooleanOptionalAction, default=False,
-         help="take them at equal distances, not the first ones (of one class, often)")
-    flag("--input-size", type=int, default=None, help="by default the first's own, else 224 px")
+    flag("--images", type=at_least(SMALLEST_BATCH), default=None,
+         help="validation images; default: all")
+    flag("--input-size", type=at_least(1), default=None,
+         help="by default the first's own, else 224 px")
     flag("--crop-pct", type=float, default=None, help="by default the first's own, else 224/256")
-    flag("--batch-size", type=int, default=64, help="images at a time, and for each CKA estimate")
-    flag("--out", type=Path, default=Path("similarity"), metavar="FOLDER",
-         help="where everything goes")
-    flag("--overwrite", action=argparse.BooleanOptionalAction, default=False,
-         help="replace files of the same names there")
+    flag("--batch-size", type=at_least(SMALLEST_BATCH), default=64,
+         help="images at a time, and for each CKA estimate")
+    add_output_flags(parser, "similarity", "FOLDER", "where everything goes")
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    def program() -> int:
-        args: argparse.Namespace = build_parser().parse(sys.argv[1:] if argv is None else argv)
-        if not args.model:
-            refuse_flags(args.given, {"num_classes"}, "without --model")
-        device = setup(args.device)
-        check_common({"--batch-size": (args.batch_size, SMALLEST_BATCH), "--num-workers":
-                      (args.num_workers, 0), **({"--images": (args.images, SMALLEST_BATCH)}
-                                                if args.images is not None else {}),
-                      **({"--input-size": (args.input_size, 1)}
-                         if args.input_size is not None else {})})
-        subjects = load_models(args.checkpoint, args.model, args.weights, labels=args.labels,
-                                 weights_key=args.weights_key, num_classes=args.num_classes, seed=0)
-        if len(subjects) < 2:
-            raise UserError(f"two networks at least are compared; got {len(subjects)}. Name more "
-                            "with --checkpoint, or with --model and --weights.")
-        first = subjects[0]
-        size = args.input_size or first.settings.get("input_size") or first.model.input_size or (
-            first.model.native_size or 224)
-        check_fits(subjects, size, "--input-size")
-        crop_pct = first.settings.get("crop_pct") if args.crop_pct is None else args.crop_pct
-        source = validation_images(args.data_set, args.data_path, subjects)
-        if len(source) < SMALLEST_BATCH:
-            raise UserError(f"CKA needs {SMALLEST_BATCH} validation pictures at least; there are "
-                            f"{len(source)}.")
-        source = shuffled(select(source, args.images or len(source), args.spread))
-        batch_size = min(args.batch_size, len(source))
-        loader = data.eval_loader(
-            source, data.eval_transform(size, crop_pct=crop_pct), batch_size=batch_size,
-            num_workers=args.num_workers, skip_bad_images=args.skip_bad_images)
-        names = [f"cka-{number}.npy" for number in range(1, len(subjects))]
-        new_files([args.out / name for name in [*names, *(
-            f"similarity.{end}" for end in ("md", "csv", "png"))]], args.overwrite)
-        print_once(f"{len(source):,} pictures at {size} px")
-        run(subjects, loader, device=device, batch_size=batch_size, out=args.out)
-        return 0
+@program("analysis.similarity", build_parser)
+def main(args: argparse.Namespace) -> int:
+    device = single_process(args.device)
+    networks = load_models(args.checkpoint, args.model, args.weights, labels=args.labels, seed=0,
+                           weights_key=args.weights_key, num_classes=args.num_classes)
+    if len(networks) < 2:
+        raise UserError(f"two networks at least are compared; got {len(networks)}. Name more with "
+                        "--checkpoint, or with --model and --weights.")
+    first = networks[0]
+    size = args.input_size or first.settings.get("input_size", first.model.input_size)
+    check_fits(networks, size, "--input-size")
+    crop_pct = first.settings.get("crop_pct") if args.crop_pct is None else args.crop_pct
+    source = validation_images(args.data_set, args.data_path, networks)
+    if len(source) < SMALLEST_BATCH:
+        raise UserError(f"CKA needs {SMALLEST_BATCH} validation images at least; there are "
+                        f"{len(source)}.")
+    source = shuffled(select(source, args.images or len(source), args.spread))
+    batch_size = min(args.batch_size, len(source))
+    loader = data.eval_loader(
+        source, data.eval_transform(size, crop_pct=crop_pct), batch_size=batch_size,
+        num_workers=args.num_workers, skip_bad_images=args.skip_bad_images)
+    arrays = [args.out / f"cka-{number}.npy" for number in range(1, len(networks))]
+    tables = [args.out / f"similarity.{end}" for end in ("md", "csv", "png")]
+    check_new([*arrays, *tables], args.overwrite)
 
-    return run_program("analysis.similarity", program)
+    print(f"{len(source):,} images at {size} px")
+    with closing(loader):
+        pairs = compare(networks, loader, device, batch_size)
+    text = report(pairs, batch_size)
+    save_tables(text, table_rows(pairs), args.out / "similarity")
+    for pair, path in zip(pairs, arrays):
+        save_array(pair.cka, path)
+    print(text)
+    if figure_class() is None:
+        print(NO_PLOTS)
+        return 0
+    save_figure(draw(pairs), args.out / "similarity.png")
+    print(f"\ntables, arrays and plot are in {args.out}")
+    return 0
 
 
 if __name__ == "__main__":

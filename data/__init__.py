@@ -1,11 +1,11 @@
-"""Data sets, transforms, loaders, samplers, and what the device does: preparation, mixup."""
-from data import robustness  # noqa: F401  they register themselves
-from data.batch import BatchTransform, ImageBatch
-from data.datasets import ImageSource, align, check_same_classes, create_dataset, list_datasets
+"""Data sets, transforms, loaders, and what the device does with a batch: normalising, mixup."""
+from data import outlines, robustness  # noqa: F401  (importing registers them)
+from data.batch import Batch, BatchTransform, ImageBatch
+from data.datasets import ImageSource, Metric, create_dataset, create_splits, list_datasets
 from data.loader import Loader, eval_loader, train_loader
 from data.mixup import Mixup
 from data.transforms import eval_transform, train_transform, warp_transform
 
-__all__ = ["ImageSource", "Loader", "Mixup", "ImageBatch", "BatchTransform", "align",
-           "check_same_classes", "create_dataset", "eval_loader", "eval_transform",
+__all__ = ["Batch", "BatchTransform", "ImageBatch", "ImageSource", "Loader", "Metric", "Mixup",
+           "create_dataset", "create_splits", "eval_loader", "eval_transform",
            "list_datasets", "train_loader", "train_transform", "warp_transform"]

@@ -12,7 +12,7 @@ from torchvision import transforms as T
 
 from utils.registry import UserError
 
-# DeiT's, as in timm; the ratio is drawn uniformly in its logarithm.
+# Of an erased rectangle: DeiT's, as in timm; the ratio is drawn uniformly in its logarithm.
 SCALE = (0.02, 1 / 3)
 RATIO = (0.3, 1 / 0.3)
 
@@ -30,18 +30,102 @@ class Erasure(NamedTuple):
     key: int  # of the noise
 
 
-Sample = tuple[Tensor, Erasure | None, int, int]  # image (3, H, W) uint8, erasure, label, index
+class Sample(NamedTuple):
+    pixels: Tensor  # (3, H, W) uint8
+    erasure: Erasure | None
+    label: int
+    index: int  # in the data set
+    readable: bool = True  # False: the next readable image stands in for this one
 
 
-def draw_erasure(image: Tensor, prob: float) -> Erasure | None:
+def draw_erasure(pixels: Tensor, prob: float) -> Erasure | None:
     """A rectangle of (C, H, W) with probability `prob`, as torchvision's RandomErasing draws it;
     from torch's global generator."""
     if torch.rand(1) >= prob:
         return None
-    *rectangle, filling = T.RandomErasing.get_params(image, SCALE, RATIO, [0.0])
-    if filling is image:  # ten rectangles were too large
+    *rectangle, filling = T.RandomErasing.get_params(pixels, SCALE, RATIO, [0.0])
+    if filling is pixels:  # ten rectangles were too large
         return None
     return Erasure(*rectangle, int(torch.empty((), dtype=torch.int64).random_()))
+
+
+@dataclass
+class ImageBatch:
+    """A batch of images as bytes, and where they are to be erased."""
+
+    pixels: Tensor  # (N, 3, H, W) uint8, channels-last in memory
+    erased: Tensor  # (K, 6) int64: place in the batch, then Erasure's fields
+    num_erased: int = 0  # pixels in all rectangles together
+
+    @classmethod
+    def blank(cls, number: int, input_size: int) -> "ImageBatch":
+        """Black ones, nothing erased."""
+        return cls(torch.zeros(number, 3, input_size, input_size, dtype=torch.uint8),
+                   torch.zeros(0, 6, dtype=torch.int64))
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def to(self, device: torch.device, *, non_blocking: bool = False,
+           memory_format: torch.memory_format = torch.preserve_format) -> "ImageBatch":
+        # Copied as they lie, so that pinned memory goes without waiting; reordered there.
+        pixels = self.pixels.to(device, non_blocking=non_blocking)
+        if memory_format is not torch.preserve_format:
+            pixels = pixels.contiguous(memory_format=memory_format)
+        return replace(self, pixels=pixels,
+                       erased=self.erased.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "ImageBatch":  # torch's loader asks for it by this name
+        return replace(self, pixels=self.pixels.pin_memory(), erased=self.erased.pin_memory())
+
+
+class Batch(NamedTuple):
+    """What a loader yields."""
+
+    images: ImageBatch
+    labels: Tensor  # (N,) int64
+    indices: Tensor  # (N,) int64, in the data set
+    readable: Tensor  # (N,) bool; False: the next readable image stands in for this one
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    all_pixels, erasures, labels, indices, readable = zip(*samples)
+    # Stacked as they lie in memory, (H, W, 3): one copy, in a worker straight into shared memory.
+    stacked = default_collate([pixels.permute(1, 2, 0) for pixels in all_pixels])
+    rows, num_erased = [], 0
+    for place, erasure in enumerate(erasures):
+        if erasure is not None:
+            rows.append((place, *erasure))
+            num_erased += erasure.height * erasure.width
+    erased = torch.tensor(rows, dtype=torch.int64).view(-1, 6)
+    return Batch(ImageBatch(stacked.permute(0, 3, 1, 2), erased, num_erased),
+                 torch.tensor(labels), torch.tensor(indices), torch.tensor(readable))
+
+
+class BatchTransform:
+    """ImageBatch -> float32 (N, 3, H, W), normalised, then erased, all on their device.
+
+    `mean` and `std` are of pixels in 0..1. Normalising is one multiplication and one addition:
+    within 1e-6 of torchvision's ToTensor and Normalize.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float],
+                 device: torch.device | str = "cpu") -> None:
+        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+            raise UserError(f"mean is {tuple(mean)} and std is {tuple(std)}; both need three "
+                            "numbers (red, green, blue), those of std above 0.")
+        means, stds = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1)
+                       for values in (mean, std))
+        self.scale = (1 / (255 * stds)).float().to(device)
+        self.shift = (-means / stds).float().to(device)
+
+    def __call__(self, batch: ImageBatch) -> Tensor:
+        images = batch.pixels.float()
+        torch.addcmul(self.shift, images, self.scale, out=images)
+        if len(batch.erased):
+            # After normalisation, so that N(0, 1) noise has the statistics of what is around it.
+            erase_(images, batch.erased, batch.num_erased)
+        return images
 
 
 def erase_(images: Tensor, erased: Tensor, num_pixels: int) -> None:
@@ -77,70 +161,3 @@ def normal_noise(key: Tensor, counter: Tensor) -> Tensor:
 def _shift_right(bits: Tensor, by: int) -> Tensor:
     """As if the numbers were unsigned: zeros come in."""
     return (bits >> by) & (2 ** (64 - by) - 1)
-
-
-@dataclass
-class ImageBatch:
-    """A batch of pictures as bytes, and where they are to be erased."""
-
-    pixels: Tensor  # (N, 3, H, W) uint8, channels-last in memory
-    erased: Tensor  # (K, 6) int64: place in the batch, then Erasure's fields
-    num_erased: int = 0  # pixels in all rectangles together
-
-    @classmethod
-    def blank(cls, number: int, input_size: int) -> "ImageBatch":
-        """Black ones, nothing erased."""
-        return cls(torch.zeros(number, 3, input_size, input_size, dtype=torch.uint8),
-                   torch.zeros(0, 6, dtype=torch.int64))
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def to(self, device: torch.device, *, non_blocking: bool = False,
-           memory_format: torch.memory_format = torch.preserve_format) -> "ImageBatch":
-        # Copied as they lie, so that pinned memory goes without waiting; reordered there.
-        pixels = self.pixels.to(device, non_blocking=non_blocking)
-        if memory_format is not torch.preserve_format:
-            pixels = pixels.contiguous(memory_format=memory_format)
-        return replace(self, pixels=pixels,
-                       erased=self.erased.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> "ImageBatch":  # torch's loader asks for it by this name
-        return replace(self, pixels=self.pixels.pin_memory(), erased=self.erased.pin_memory())
-
-
-def collate(samples: Sequence[Sample]) -> tuple[ImageBatch, Tensor, Tensor]:
-    """(pictures, labels (N,), indices (N,))."""
-    images, erasures, labels, indices = zip(*samples)
-    # Stacked as they lie in memory, (H, W, 3): one copy, in a worker straight into shared memory.
-    pixels = default_collate([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
-    erased = [(place, *erasure) for place, erasure in enumerate(erasures) if erasure is not None]
-    rows = torch.tensor(erased, dtype=torch.int64).view(-1, 6)
-    num_erased = sum(erasure.height * erasure.width for erasure in erasures if erasure is not None)
-    return ImageBatch(pixels, rows, num_erased), torch.tensor(labels), torch.tensor(indices)
-
-
-class BatchTransform:
-    """ImageBatch -> float32 (N, 3, H, W), normalised, then erased, all on their device.
-
-    `mean` and `std` are of pixels in 0..1. Normalising is one multiplication and one addition:
-    within 1e-6 of torchvision's ToTensor and Normalize.
-    """
-
-    def __init__(self, mean: Sequence[float], std: Sequence[float],
-                 device: torch.device | str = "cpu") -> None:
-        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-            raise UserError(f"mean is {tuple(mean)} and std is {tuple(std)}; both need three "
-                            "numbers (red, green, blue), those of std above 0.")
-        means, stds = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1)
-                       for values in (mean, std))
-        self.scale, self.shift = (value.float().to(device)
-                                  for value in (1 / (255 * stds), -means / stds))
-
-    def __call__(self, pictures: ImageBatch) -> Tensor:
-        images = pictures.pixels.float()
-        torch.addcmul(self.shift, images, self.scale, out=images)
-        if len(pictures.erased):
-            # After normalisation, so that N(0, 1) noise has the statistics of what is around it.
-            erase_(images, pictures.erased, pictures.num_erased)
-        return images

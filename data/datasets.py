@@ -1,57 +1,88 @@
-"""Where pictures come from. A data set has `classes`, `len()`, `load(index)` -> (picture, label)
-and `name_of(index)`, what to call a sample in a message. A picture is of any mode and need not be
-decoded yet, so what is wrong with its file may show only in its own load()."""
+"""Where images come from: the contract of a data set, folders of images, and CIFAR-100."""
 import io
 from pathlib import Path
-from typing import Protocol
 
 from PIL import Image
 from torch import Tensor
 from torchvision.datasets import CIFAR100
 from torchvision.datasets import ImageFolder as TorchvisionFolder
 
-from data.outlines import Outlines
 from utils.distributed import barrier, is_main
-from utils.registry import Registry, UserError
+from utils.registry import Registry, UserError, parse_spec
 
-DATASETS = Registry("data set", home="data/datasets.py and data/imagenet_*.py")
+DATASETS = Registry("data set", home="data/datasets.py, outlines.py and robustness.py")
 register_dataset = DATASETS.register
 
 
-class ImageSource(Protocol):
-    classes: list[str]
+class Metric:
+    """What a data set measures beside the accuracy."""
 
-    def __len__(self) -> int: ...
-    def load(self, index: int) -> tuple[Image.Image, int]: ...
-    def name_of(self, index: int) -> str: ...
+    def count(self, indices: Tensor, top5: Tensor) -> Tensor:
+        """Sums, in float64, over samples indices (n,) whose best classes are top5 (n, 5); those of
+        all processes are added up."""
+        raise NotImplementedError
+
+    def rows(self, counts: Tensor) -> dict[str, str]:
+        """Rows of eval.py's report, from the sum of the counts."""
+        raise NotImplementedError
 
 
-class EvalSource(ImageSource, Protocol):
-    """What a set that is only evaluated on may have besides; eval.py does without any of it, but
-    `count` and `figures` go together."""
+class ImageSource:
+    """A data set."""
 
-    crop_pct: float | None  # that suits its pictures, before the checkpoint's; None: any
-    competing: list[int] | None  # once aligned, the classes whose logits count; None: all
+    classes: list[str]  # names by label
+    crop_pct: float | None = None  # that suits its images, before the checkpoint's; None: any
+    competing: list[int] | None = None  # once aligned, the classes whose logits count; None: all
+    metric: Metric | None = None
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        """An image of any mode, and its label. The image need not be decoded yet, so what is wrong
+        with its file may show only in its own load()."""
+        raise NotImplementedError
+
+    def name_of(self, index: int) -> str:
+        """What to call a sample in a message."""
+        raise NotImplementedError
 
     def align(self, classes: list[str] | None, num_classes: int) -> None:
         """Make labels and `classes` those of a model, whose classes are called `classes` (None:
-        not known), and leave out the pictures of others. Raises UserError where none is left."""
+        not known). Raises UserError where that cannot be; here, unless they are equal already."""
+        if len(self.classes) != num_classes:
+            raise UserError(f"the validation set has {len(self.classes)} classes, the model "
+                            f"{num_classes}. Evaluate on the data set it was trained for (for "
+                            "--weights of another number of classes, set --num-classes).")
+        others = [(own, other) for own, other in zip(self.classes, classes or self.classes)
+                  if own != other]
+        if others:
+            own, other = others[0]
+            raise UserError(f"the validation set and the model have {num_classes} classes, but "
+                            f"{len(others)} of other names: {own} in the set is {other} in the "
+                            "model. Evaluate on the data set it was trained for.")
 
-    def count(self, index: Tensor, top5: Tensor) -> Tensor:
-        """Sums, in float64, over samples index (n,) whose best classes are top5 (n, 5); those of
-        all processes are added up."""
 
-    def figures(self, counts: Tensor) -> dict[str, str]:
-        """Rows of eval.py's report, from the sum of the counts."""
-
-
-def create_dataset(name: str, split: str, data_path: str | None, **options) -> ImageSource:
+def create_dataset(name: str, split: str, data_path: str | None, /, **options) -> ImageSource:
     """The `train` or `val` split of a registered data set."""
-    return DATASETS.create(name, split, data_path, **options)
+    return DATASETS.create(name, {"split": split, "data_path": data_path}, **options)
 
 
 def list_datasets() -> list[str]:
     return DATASETS.names()
+
+
+def create_splits(spec: list[str], data_path: str | None) -> tuple[ImageSource, ImageSource]:
+    """The training and the validation split of `NAME key=value ...`, of the same classes."""
+    name, options = parse_spec(spec, "--data-set")
+    train, val = (create_dataset(name, split, data_path, **options) for split in ("train", "val"))
+    if train.classes != val.classes:
+        only_train = ", ".join(sorted(set(train.classes) - set(val.classes))[:5])
+        only_val = ", ".join(sorted(set(val.classes) - set(train.classes))[:5])
+        raise UserError(f"train has {len(train.classes)} classes and val {len(val.classes)}, and "
+                        f"they differ: only in train: {only_train or 'none'}; only in val: "
+                        f"{only_val or 'none'}. Both need the same class folders.")
+    return train, val
 
 
 def read_image(path: str) -> Image.Image:
@@ -59,9 +90,16 @@ def read_image(path: str) -> Image.Image:
         return Image.open(io.BytesIO(file.read()))
 
 
+def refuse_empty(folders: list[str]) -> None:
+    """Raises UserError when there are class folders without images."""
+    if folders:
+        raise UserError(f"{len(folders)} class folder(s) hold no images: "
+                        f"{', '.join(folders[:5])}. Fill or remove them.")
+
+
 @register_dataset("imagefolder")
-class ImageFolder:
-    """ImageBatch in data_path/{train,val}/<class>/ (ImageNet's layout); labels in order of name."""
+class ImageFolder(ImageSource):
+    """Images in data_path/{train,val}/<class>/ (ImageNet's layout); labels in order of name."""
 
     def __init__(self, split: str, data_path: str | None) -> None:
         if data_path is None:
@@ -78,10 +116,8 @@ class ImageFolder:
                             ) from None
         self.classes, self.samples = folder.classes, folder.samples
         filled = {label for _, label in self.samples}
-        empty = [name for label, name in enumerate(self.classes) if label not in filled]
-        if empty:
-            raise UserError(f"{len(empty)} class folder(s) of {root} hold no pictures: "
-                            f"{', '.join(empty[:5])}. Fill or remove them.")
+        refuse_empty([str(root / name) for label, name in enumerate(self.classes)
+                      if label not in filled])
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -95,7 +131,7 @@ class ImageFolder:
 
 
 @register_dataset("cifar100")
-class Cifar100:
+class Cifar100(ImageSource):
     """CIFAR-100 through torchvision, downloaded once into data_path if it is not there."""
 
     def __init__(self, split: str, data_path: str | None) -> None:
@@ -121,39 +157,3 @@ class Cifar100:
 
     def name_of(self, index: int) -> str:
         return f"CIFAR-100 {self.split} image {index}"
-
-
-@register_dataset("outlines")
-def outlines(split: str, data_path: str | None, train_size: int = 10_000, val_size: int = 2_000,
-             seed: int = 0, image_size: int = 64) -> Outlines:
-    """The embedded procedural data set; needs no path."""
-    if data_path is not None:
-        raise UserError(f"--data-set outlines draws its pictures itself; leave out --data-path "
-                        f"{data_path}.")
-    return Outlines(split, train_size if split == "train" else val_size, seed, image_size)
-
-
-def check_same_classes(train: ImageSource, val: ImageSource) -> None:
-    if train.classes == val.classes:
-        return
-    only_train = sorted(set(train.classes) - set(val.classes))[:5]
-    only_val = sorted(set(val.classes) - set(train.classes))[:5]
-    raise UserError(f"train has {len(train.classes)} classes and val {len(val.classes)}, and they "
-                    f"differ: only in train: {', '.join(only_train) or 'none'}; only in val: "
-                    f"{', '.join(only_val) or 'none'}. Both need the same class folders.")
-
-
-def align(source: ImageSource, classes: list[str] | None, num_classes: int) -> None:
-    """Make the labels of `source` those of a model: by name where it can, else they are its own
-    when there are as many. `classes`: as EvalSource has it."""
-    if hasattr(source, "align"):
-        return source.align(classes, num_classes)
-    if len(source.classes) != num_classes:
-        raise UserError(f"the validation set has {len(source.classes)} classes, the model "
-                        f"{num_classes}. Evaluate on the data set it was trained for (for "
-                        "--weights of another number of classes, set --num-classes).")
-    others = [pair for pair in zip(source.classes, classes or source.classes) if pair[0] != pair[1]]
-    if others:
-        raise UserError(f"the validation set and the model have {num_classes} classes, but "
-                        f"{len(others)} of other names: {others[0][0]} in the set is {others[0][1]}"
-                        " in the model. Evaluate on the data set it was trained for.")

@@ -1,4 +1,5 @@
 """Batches for training and for evaluation, each sample's randomness a function of its key."""
+import math
 import signal
 from collections.abc import Iterator
 
@@ -7,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from data.batch import ImageBatch, Sample, collate
+from data.batch import Batch, ImageBatch, Sample, collate
 from data.datasets import ImageSource
 from data.transforms import Transform
 from utils.distributed import num_cores, rank, world_size
@@ -21,11 +22,11 @@ FREED_BLOCKS = 8  # images of a worker whose memory is used again
 
 
 class Samples(Dataset):
-    """Key (epoch, index) -> (image (3, H, W) uint8, erasure, label, index).
+    """Key (epoch, index) -> Sample.
 
-    The transform's randomness depends on (seed, epoch, index) alone. A picture that cannot be read
-    is marked by the index -1 - index; in its place stands the next one that can, so that batches
-    keep their shape. Whether that is an error is for the loader to decide.
+    The transform's randomness depends on (seed, epoch, index) alone. In place of an image that
+    cannot be read stands the next one that can, so that batches keep their shape, and the sample
+    says so. Whether that is an error is for the loader to decide.
     """
 
     def __init__(self, source: ImageSource, transform: Transform, seed: int) -> None:
@@ -36,12 +37,13 @@ class Samples(Dataset):
         for offset in range(len(self.source)):
             with seeded(self.seed, "augment", epoch, index):
                 try:
-                    picture, label = self.source.load((index + offset) % len(self.source))
-                    image = self.transform.read(picture)
+                    image, label = self.source.load((index + offset) % len(self.source))
+                    image = self.transform.read(image)
                 except UNREADABLE:
                     continue
-                return *self.transform.finish(image), label, -1 - index if offset else index
-        raise UserError(f"none of the {len(self.source)} pictures could be read, the first of them "
+                pixels, erasure = self.transform.finish(image)
+                return Sample(pixels, erasure, label, index, readable=offset == 0)
+        raise UserError(f"none of the {len(self.source)} images could be read, the first of them "
                         f"{self.source.name_of(0)}.")
 
 
@@ -51,8 +53,7 @@ class TrainKeys:
 
     def __init__(self, num_samples: int, batch_size: int, num_batches: int, seed: int) -> None:
         self.num_samples, self.batch_size, self.num_batches = num_samples, batch_size, num_batches
-        self.seed = seed
-        self.epoch, self.start = 0, 0
+        self.seed, self.epoch, self.start = seed, 0, 0
 
     def __len__(self) -> int:
         return self.num_batches - self.start
@@ -73,7 +74,7 @@ class EvalKeys:
         self.batch_size = batch_size
 
     def __len__(self) -> int:
-        return -(-len(self.indices) // self.batch_size)
+        return math.ceil(len(self.indices) / self.batch_size)
 
     def __iter__(self) -> Iterator[list[Key]]:
         for first in range(0, len(self.indices), self.batch_size):
@@ -81,10 +82,11 @@ class EvalKeys:
 
 
 class Loader:
-    """Iterates over (pictures, labels, indices) of the batches that `keys` names.
+    """Iterates over the batches that `keys` names.
 
-    An unreadable picture ends the run with its name unless `skip_bad_images`; then it is reported
-    once and marked by a negative index. More workers than processor cores are not started.
+    An unreadable image ends the run with its name unless `skip_bad_images`; then it is reported
+    once, and the batch says where another stands in for it. More workers than processor cores are
+    not started.
     """
 
     def __init__(self, samples: Samples, keys: TrainKeys | EvalKeys, *, num_workers: int,
@@ -92,10 +94,9 @@ class Loader:
         self.samples, self.keys, self.skip_bad_images = samples, keys, skip_bad_images
         self.bad: set[int] = set()
         num_workers = min(num_workers, num_cores())
-        extra = {"persistent_workers": True} if num_workers else {}
         self.loader = DataLoader(samples, batch_sampler=keys, num_workers=num_workers,
-                                 collate_fn=collate, pin_memory=pin_memory,
-                                 worker_init_fn=_start_worker, **extra)
+                                 persistent_workers=num_workers > 0, collate_fn=collate,
+                                 pin_memory=pin_memory, worker_init_fn=_start_worker)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -110,18 +111,18 @@ class Loader:
         return self
 
     def first_batch(self, most: int) -> tuple[ImageBatch, Tensor]:
-        """ImageBatch and labels that the iteration begins with, `most` at most, without beginning
-        it."""
+        """Images and labels that the iteration begins with, `most` at most, without beginning it.
+        """
         keys = next(iter(self.keys))[:most]
-        pictures, labels, indices = collate([self.samples[key] for key in keys])
-        self._note_all_bad(indices)
-        return pictures, labels
+        batch = collate([self.samples[key] for key in keys])
+        self._note_unreadable(batch)
+        return batch.images, batch.labels
 
-    def __iter__(self) -> Iterator[tuple[ImageBatch, Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[Batch]:
         try:
-            for pictures, labels, indices in self.loader:
-                self._note_all_bad(indices)
-                yield pictures, labels, indices
+            for batch in self.loader:
+                self._note_unreadable(batch)
+                yield batch
         except UserError as error:  # from a worker it comes wrapped in the worker's traceback
             raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
 
@@ -131,42 +132,22 @@ class Loader:
             self.loader._iterator._shutdown_workers()
             self.loader._iterator = None
 
-    def _note_all_bad(self, indices: Tensor) -> None:
-        for index in (-1 - indices[indices < 0]).tolist():
-            self._note_bad(index)
-
-    def _note_bad(self, index: int) -> None:
-        if index in self.bad:
-            return
-        self.bad.add(index)
+    def _note_unreadable(self, batch: Batch) -> None:
+        """Report each unreadable image once. Raises UserError unless they are to be skipped."""
         source = self.samples.source
-        try:
-            source.load(index)[0].load()
-            reason = "it could be read at a second try"
-        except UNREADABLE as error:
-            reason = str(error)
-        message = f"cannot read the picture {source.name_of(index)} ({reason})"
-        if not self.skip_bad_images:
-            raise UserError(f"{message}. Repair or remove it, or pass --skip-bad-images.")
-        print_from_any(f"{message}; skipped, {len(self.bad)} so far")
-
-
-def _start_worker(worker: int) -> None:
-    _outlive_signals()
-    keep_freed_memory(FREED_BLOCKS)
-
-
-def keep_freed_memory(num_blocks: int) -> None:
-    """Let Pillow use the memory of freed images again instead of asking the system for new pages,
-    at 16 MiB a block at most. 0, Pillow's default, gives it back."""
-    Image.core.set_blocks_max(num_blocks)
-
-
-def _outlive_signals() -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach the whole process group, but the main process needs
-    its workers until it has saved. It ends them; come what may, they end a minute later."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(60))
+        for index in batch.indices[~batch.readable].tolist():
+            if index in self.bad:
+                continue
+            self.bad.add(index)
+            try:
+                source.load(index)[0].load()
+                reason = "it could be read at a second try"
+            except UNREADABLE as error:
+                reason = str(error)
+            message = f"cannot read the image {source.name_of(index)} ({reason})"
+            if not self.skip_bad_images:
+                raise UserError(f"{message}. Repair or remove it, or pass --skip-bad-images.")
+            print_from_any(f"{message}; skipped, {len(self.bad)} so far")
 
 
 def train_loader(source: ImageSource, transform: Transform, *, batch_size: int, num_batches: int,
@@ -183,3 +164,17 @@ def eval_loader(source: ImageSource, transform: Transform, *, batch_size: int, n
     """Every sample once, in order, shared among the processes without padding."""
     return Loader(Samples(source, transform, seed=0), EvalKeys(len(source), batch_size),
                   num_workers=num_workers, skip_bad_images=skip_bad_images, pin_memory=pin_memory)
+
+
+def _start_worker(worker: int) -> None:
+    # Ctrl-C and a scheduler's SIGTERM reach the whole process group, but the main process needs its
+    # workers until it has saved. It ends them; come what may, they end a minute later.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(60))
+    keep_freed_memory(FREED_BLOCKS)
+
+
+def keep_freed_memory(num_blocks: int) -> None:
+    """Let Pillow use the memory of freed images again instead of asking the system for new pages,
+    at 16 MiB a block at most. 0, Pillow's default, gives it back."""
+    Image.core.set_blocks_max(num_blocks)

@@ -3,7 +3,6 @@
 mixup: Zhang et al. (arXiv 1710.09412). CutMix: Yun et al. (arXiv 1905.04899). One choice and one
 lambda per batch, partner = the batch in reverse order, as DeiT does (timm's mode "batch").
 """
-
 import math
 from typing import NamedTuple
 
@@ -28,16 +27,8 @@ class Mixup:
     Without mixing and without smoothing, labels pass through untouched.
     """
 
-    def __init__(
-        self,
-        num_classes: int,
-        *,
-        mixup_alpha: float = 0.8,
-        cutmix_alpha: float = 1.0,
-        prob: float = 1.0,
-        switch_prob: float = 0.5,
-        smoothing: float = 0.1,
-    ):
+    def __init__(self, num_classes: int, *, mixup_alpha: float = 0.8, cutmix_alpha: float = 1.0,
+                 prob: float = 1.0, switch_prob: float = 0.5, smoothing: float = 0.1) -> None:
         if num_classes < 1 or int(num_classes) != num_classes:
             raise UserError(f"num_classes is {num_classes}; it must be a whole number, 1 or more.")
         for name, alpha in (("mixup_alpha", mixup_alpha), ("cutmix_alpha", cutmix_alpha)):
@@ -48,16 +39,19 @@ class Mixup:
                 raise UserError(f"{name} is {value}; a probability must lie in 0..1.")
         if not 0 <= smoothing < 1:
             raise UserError(f"label smoothing is {smoothing}; it must lie in [0, 1).")
-        self.num_classes = int(num_classes)
-        self.mixup_alpha = mixup_alpha
-        self.cutmix_alpha = cutmix_alpha
-        self.prob = prob
-        self.switch_prob = switch_prob
-        self.smoothing = smoothing
+        self.num_classes, self.smoothing = int(num_classes), smoothing
+        self.mixup_alpha, self.cutmix_alpha = mixup_alpha, cutmix_alpha
+        self.prob, self.switch_prob = prob, switch_prob
 
     @property
     def mixes(self) -> bool:
         return self.prob > 0 and (self.mixup_alpha > 0 or self.cutmix_alpha > 0)
+
+    def check_batch_size(self, batch_size: int) -> None:
+        """Raises UserError for a batch that cannot be mixed with its mirror image."""
+        if self.mixes and batch_size % 2:
+            raise UserError("mixup and cutmix pair the images of a batch, so --batch-size must be "
+                            f"even; got {batch_size}. Or switch both off (--mixup 0 --cutmix 0).")
 
     def __call__(self, images: Tensor, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         """(N, 3, H, W), (N,) int64 -> images (N, 3, H, W), targets (N, num_classes) float32.
@@ -67,12 +61,7 @@ class Mixup:
         """
         if not self.mixes:
             return images, self._smooth_one_hot(labels) if self.smoothing > 0 else labels
-        if len(images) % 2:
-            raise UserError(
-                f"mixup needs an even batch, got {len(images)} images: the middle one would be "
-                "mixed with itself. Use an even batch size and drop the last incomplete batch, or "
-                "switch mixing off with mixup and cutmix alpha 0."
-            )
+        self.check_batch_size(len(images))
         # Drawn on the CPU by numpy: a draw on the GPU would have to be waited for.
         lam, box = self.draw(np.random.Generator(np.random.PCG64(seed)), *images.shape[-2:])
         one_hot = self._smooth_one_hot(labels)
@@ -81,8 +70,8 @@ class Mixup:
         targets = lam * one_hot + (1 - lam) * one_hot.flip(0)
         if box is None:
             return lam * images + (1 - lam) * images.flip(0), targets
-        window = (..., slice(box.top, box.bottom), slice(box.left, box.right))
         mixed = images.clone()
+        window = (..., slice(box.top, box.bottom), slice(box.left, box.right))
         mixed[window] = images[window].flip(0)
         return mixed, targets
 
@@ -101,8 +90,7 @@ class Mixup:
     def _smooth_one_hot(self, labels: Tensor) -> Tensor:
         # Not F.one_hot: it reads the labels back to the CPU to check their range.
         off = self.smoothing / self.num_classes
-        shape = (len(labels), self.num_classes)
-        targets = torch.full(shape, off, dtype=torch.float32, device=labels.device)
+        targets = torch.full((len(labels), self.num_classes), off, device=labels.device)
         return targets.scatter_(1, labels.unsqueeze(1), 1 - self.smoothing + off)
 
 
@@ -111,9 +99,5 @@ def draw_box(rng: np.random.Generator, lam: float, height: int, width: int) -> B
     share = math.sqrt(1 - lam)
     half_height, half_width = int(height * share) // 2, int(width * share) // 2
     y, x = int(rng.integers(height)), int(rng.integers(width))
-    return Box(
-        top=max(y - half_height, 0),
-        bottom=min(y + half_height, height),
-        left=max(x - half_width, 0),
-        right=min(x + half_width, width),
-    )
+    return Box(top=max(y - half_height, 0), bottom=min(y + half_height, height),
+               left=max(x - half_width, 0), right=min(x + half_width, width))

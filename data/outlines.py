@@ -10,6 +10,7 @@ pure function of (seed, split, index).
 import numpy as np
 from PIL import Image
 
+from data.datasets import ImageSource, register_dataset
 from utils.registry import UserError
 
 SPLITS = ("train", "val")
@@ -90,14 +91,14 @@ def _unit_perimeter(curve: np.ndarray) -> np.ndarray:
     return (points - (points.max(0) + points.min(0)) / 2) / length[-1]
 
 
-class Outlines:
+class Outlines(ImageSource):
     classes = list(_outlines())
 
     def __init__(self, split: str, size: int, seed: int = 0, image_size: int = 64) -> None:
         if split not in SPLITS:
             raise UserError(f"outlines has the splits {' and '.join(SPLITS)}; got {split!r}.")
-        numbers = (("size", size, 1), ("seed", seed, 0), ("image_size", image_size, 32))
-        for name, value, least in numbers:
+        for name, value, least in (("size", size, 1), ("seed", seed, 0),
+                                   ("image_size", image_size, 32)):
             if not isinstance(value, (int, np.integer)) or value < least:
                 raise UserError(f"outlines takes a whole number of at least {least} as {name}; "
                                 f"got {value!r}.")
@@ -139,6 +140,15 @@ class Outlines:
         num_distractors = rng.integers(*NUM_DISTRACTORS, endpoint=True)
         distractors = rng.uniform(MARGIN, REFERENCE_SIZE - MARGIN, (num_distractors, 2))
         return np.concatenate([dots, distractors])
+
+
+@register_dataset("outlines")
+def outlines(split: str, data_path: str | None, train_size: int = 10_000, val_size: int = 2_000,
+             seed: int = 0, image_size: int = 64) -> Outlines:
+    if data_path is not None:
+        raise UserError(f"--data-set outlines draws its images itself; leave out --data-path "
+                        f"{data_path}.")
+    return Outlines(split, train_size if split == "train" else val_size, seed, image_size)
 
 
 def _rotation(angle: float) -> np.ndarray:

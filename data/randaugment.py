@@ -4,7 +4,6 @@ Cubuk et al., RandAugment (arXiv 1909.13719), in the variant DeiT and ConvNeXt t
 larger magnitude always distorts more. Operations and ranges are those of timm 0.6. Images are RGB;
 the loader converts everything else.
 """
-
 import math
 import re
 from collections.abc import Callable
@@ -41,19 +40,15 @@ class Operation(NamedTuple):
     signed: bool  # whether half of the draws use the negative magnitude
 
 
-def _none(m):
-    return None
-
-
-def _factor(m):
+def _factor(m: float) -> float:
     return 1 + 0.9 * m / 10  # 0.1..1.9; 1 leaves the image alone
 
 
 # One line per operation: what it does and how the magnitude m becomes its argument.
 OPERATIONS = {
-    "AutoContrast": Operation(lambda im, _: ImageOps.autocontrast(im), _none, False),
-    "Equalize": Operation(lambda im, _: ImageOps.equalize(im), _none, False),
-    "Invert": Operation(lambda im, _: ImageOps.invert(im), _none, False),
+    "AutoContrast": Operation(lambda im, _: ImageOps.autocontrast(im), lambda m: None, False),
+    "Equalize": Operation(lambda im, _: ImageOps.equalize(im), lambda m: None, False),
+    "Invert": Operation(lambda im, _: ImageOps.invert(im), lambda m: None, False),
     "Rotate": Operation(  # degrees
         lambda im, a: im.rotate(a, resample=BICUBIC, fillcolor=FILL), lambda m: 30 * m / 10, True),
     "PosterizeIncreasing": Operation(_posterize, lambda m: 4 - int(4 * m / 10), False),  # bits kept
@@ -83,8 +78,8 @@ def apply_operation(image: Image.Image, name: str, argument: float | None) -> Im
     AutoContrast, Equalize and Invert take None. Raises UnknownName.
     """
     if name not in OPERATIONS:
-        known = ", ".join(OPERATION_NAMES)
-        raise UnknownName(f"unknown RandAugment operation {name!r}. Known: {known}.")
+        raise UnknownName(f"unknown RandAugment operation {name!r}. "
+                          f"Known: {', '.join(OPERATION_NAMES)}.")
     return OPERATIONS[name].apply(image, argument)
 
 
@@ -95,48 +90,35 @@ class RandAugment:
     global CPU generator, so seeding it decides the result; nothing else is read or kept.
     """
 
-    def __init__(
-        self,
-        magnitude: float = 9,
-        magnitude_std: float = 0.5,
-        num_ops: int = 2,
-        op_prob: float = 0.5,
-    ):
+    def __init__(self, magnitude: float = 9, magnitude_std: float = 0.5, num_ops: int = 2,
+                 op_prob: float = 0.5) -> None:
         if not 0 <= magnitude <= MAX_MAGNITUDE:
             raise UserError(f"RandAugment magnitude (m) is {magnitude}; it must lie in 0..10.")
         if not (magnitude_std >= 0 and math.isfinite(magnitude_std)):
-            raise UserError(
-                f"RandAugment magnitude_std (mstd) is {magnitude_std}; it must be finite, >= 0.")
+            raise UserError(f"RandAugment magnitude_std (mstd) is {magnitude_std}; it must be "
+                            "finite, >= 0.")
         if num_ops < 1 or int(num_ops) != num_ops:
             raise UserError(f"RandAugment num_ops (n) is {num_ops}; it must be 1, 2, 3, ...")
         if not 0 <= op_prob <= 1:
             raise UserError(f"RandAugment op_prob (p) is {op_prob}; it must lie in 0..1.")
-        self.magnitude = magnitude
-        self.magnitude_std = magnitude_std
-        self.num_ops = int(num_ops)
-        self.op_prob = op_prob
+        self.magnitude, self.magnitude_std = magnitude, magnitude_std
+        self.num_ops, self.op_prob = int(num_ops), op_prob
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        n = self.num_ops
-        chosen = torch.randint(len(OPERATION_NAMES), (n,)).tolist()
-        applied = (torch.rand(n) < self.op_prob).tolist()
-        noise = torch.randn(n, dtype=torch.float64)
+        num = self.num_ops
+        chosen = torch.randint(len(OPERATION_NAMES), (num,)).tolist()
+        is_applied = (torch.rand(num) < self.op_prob).tolist()
+        noise = torch.randn(num, dtype=torch.float64)
         magnitudes = (self.magnitude + self.magnitude_std * noise).clamp(0, MAX_MAGNITUDE).tolist()
-        negated = (torch.rand(n) < 0.5).tolist()
-        for k in range(n):
-            if not applied[k]:
-                continue
-            name = OPERATION_NAMES[chosen[k]]
-            negate = negated[k] and OPERATIONS[name].signed
-            magnitude = -magnitudes[k] if negate else magnitudes[k]
-            image = apply_operation(image, name, OPERATIONS[name].argument(magnitude))
+        is_negative = (torch.rand(num) < 0.5).tolist()
+        for k in range(num):
+            if is_applied[k]:
+                name = OPERATION_NAMES[chosen[k]]
+                operation, magnitude = OPERATIONS[name], magnitudes[k]
+                if operation.signed and is_negative[k]:
+                    magnitude = -magnitude
+                image = apply_operation(image, name, operation.argument(magnitude))
         return image
-
-    def __repr__(self) -> str:
-        return (
-            f"RandAugment(magnitude={self.magnitude}, magnitude_std={self.magnitude_std}, "
-            f"num_ops={self.num_ops}, op_prob={self.op_prob})"
-        )
 
 
 def parse_policy(policy: str) -> RandAugment:
@@ -145,16 +127,13 @@ def parse_policy(policy: str) -> RandAugment:
     Parts left out mean what they mean in timm, not the defaults of the class: m10, mstd0, n2, p0.5.
     Raises UserError for unknown or repeated parts, and without inc1.
     """
-    understood = (
-        "Understood: rand, then -m (magnitude 0..10), -mstd (its standard deviation), -n "
-        "(operations per image), -p (probability of each) and -inc1 (increasing operations, "
-        'required); for example "rand-m9-mstd0.5-inc1".'
-    )
+    understood = ("Understood: rand, then -m (magnitude 0..10), -mstd (its standard deviation), -n "
+                  "(operations per image), -p (probability of each) and -inc1 (increasing "
+                  'operations, required); for example "rand-m9-mstd0.5-inc1".')
     head, *parts = policy.split("-")
     if head != "rand":
         raise UserError(f"augmentation policy {policy!r} does not begin with 'rand'. {understood}")
-    values = {"m": 10.0, "mstd": 0.0, "n": 2.0, "p": 0.5}
-    seen = set()
+    values, seen = {"m": 10.0, "mstd": 0.0, "n": 2.0, "p": 0.5}, set()
     for part in parts:
         match = re.fullmatch(r"(mstd|m|n|p|inc)(\d+(?:\.\d+)?|\.\d+)", part)
         if match is None or (match[1] == "inc" and match[2] != "1"):
@@ -164,8 +143,6 @@ def parse_policy(policy: str) -> RandAugment:
         seen.add(match[1])
         values[match[1]] = float(match[2])
     if "inc" not in seen:
-        raise UserError(
-            f"augmentation policy {policy!r} lacks 'inc1'; only increasing operations exist here. "
-            f"{understood}"
-        )
+        raise UserError(f"augmentation policy {policy!r} lacks 'inc1'; only increasing operations "
+                        f"exist here. {understood}")
     return RandAugment(values["m"], values["mstd"], values["n"], values["p"])

@@ -2,8 +2,8 @@
 
 The order and numbers are DeiT's and ConvNeXt's (timm's create_transform with their flags). Built on
 torchvision's v1 transforms: measured on PIL images they are as fast as v2 at 224 px and 20% faster
-at 32 px. All randomness comes from torch's global generator, which the dataset seeds per sample.
-Bytes are handed over; data/preparation.py normalises and erases them on the device.
+at 32 px. All randomness comes from torch's global generator, which the loader seeds per sample.
+Bytes are handed over; data/batch.py normalises and erases them on the device.
 """
 from collections.abc import Callable
 from typing import NamedTuple
@@ -14,10 +14,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torchvision import transforms as T
-from torchvision.transforms import InterpolationMode
 
 from data.batch import Erasure, draw_erasure
-from data.randaugment import parse_policy
+from data.randaugment import BICUBIC, parse_policy
 from utils.registry import UserError
 
 SMALL_IMAGE = 32  # up to this input size images are cropped with padding and never resized
@@ -25,13 +24,13 @@ WARP_FROM = 384  # from this input size evaluation sees the whole image, ConvNeX
 DEFAULT_CROP_PCT = 224 / 256
 CROP_SCALE = (0.08, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
-BICUBIC = InterpolationMode.BICUBIC
+Box = tuple[int, int, int, int]  # left, top, right, bottom: pixels
 
 
 class Transform(NamedTuple):
-    """A picture's way, in two parts: whatever is wrong with its file shows in the first."""
+    """An image's way, in two parts: whatever is wrong with its file shows in the first."""
 
-    read: Callable[[Image.Image], Image.Image]  # picture, decoded or not -> RGB
+    read: Callable[[Image.Image], Image.Image]  # image, decoded or not -> RGB
     steps: tuple[Callable[[Image.Image], Image.Image], ...]
     random_erasing_prob: float = 0.0
 
@@ -44,63 +43,123 @@ class Transform(NamedTuple):
             return pixels, None
         return pixels, draw_erasure(pixels, self.random_erasing_prob)
 
-    def __call__(self, picture: Image.Image) -> Tensor:
-        return self.finish(self.read(picture))[0]
+    def __call__(self, image: Image.Image) -> Tensor:
+        return self.finish(self.read(image))[0]
 
 
-def train_transform(
-    input_size: int,
-    *,
-    auto_augment: str = "rand-m9-mstd0.5-inc1",
-    random_erasing_prob: float = 0.25,
-    scale: tuple[float, float] = CROP_SCALE,
-    ratio: tuple[float, float] = CROP_RATIO,
-    hflip_prob: float = 0.5,
-    fast_decode: bool = False,
-) -> Transform:
-    """Picture -> uint8 (3, input_size, input_size), augmented.
+def train_transform(input_size: int, *, auto_augment: str = "rand-m9-mstd0.5-inc1",
+                    random_erasing_prob: float = 0.25, scale: tuple[float, float] = CROP_SCALE,
+                    ratio: tuple[float, float] = CROP_RATIO, hflip_prob: float = 0.5,
+                    fast_decode: bool = False) -> Transform:
+    """Image -> uint8 (3, input_size, input_size), augmented.
 
     `auto_augment` is a policy of data/randaugment.py or "none". `scale` (area), `ratio` and
     `fast_decode` belong to RandomResizedCrop, so inputs of 32 px or less refuse values other than
     the defaults.
     """
     _check_input_size(input_size)
-    _check_prob("random_erasing_prob", random_erasing_prob)
-    _check_prob("hflip_prob", hflip_prob)
+    for name, prob in (("random_erasing_prob", random_erasing_prob), ("hflip_prob", hflip_prob)):
+        if not 0 <= prob <= 1:
+            raise UserError(f"{name} is {prob}; a probability must lie in 0..1.")
+    _check_crop(input_size, scale, ratio, fast_decode)
     steps = [T.RandomHorizontalFlip(hflip_prob)]
     if auto_augment != "none":
         steps.append(parse_policy(auto_augment))
-    _check_crop(input_size, scale, ratio, fast_decode)
     if input_size <= SMALL_IMAGE:
-        return Transform(to_rgb, (T.RandomCrop(input_size, padding=4), *steps), random_erasing_prob)
-    return Transform(RandomResizedCrop(input_size, scale, ratio, fast_decode), tuple(steps),
-                     random_erasing_prob)
+        read = to_rgb
+        steps.insert(0, T.RandomCrop(input_size, padding=4))
+    else:
+        read = RandomResizedCrop(input_size, scale, ratio, fast_decode)
+    return Transform(read, tuple(steps), random_erasing_prob)
 
 
 def eval_transform(input_size: int, *, crop_pct: float | None = None) -> Transform:
-    """Picture -> uint8 (3, input_size, input_size), nothing random, always decoded whole.
+    """Image -> uint8 (3, input_size, input_size), nothing random, always decoded whole.
 
     Short side to int(input_size / crop_pct), then the centre. Without `crop_pct`: 224/256, but
     384 px and more are warped to the square, and 32 px and less are cropped without resizing.
     """
     _check_input_size(input_size)
-    if crop_pct is not None and not 0 < crop_pct <= 1:
+    centre = T.CenterCrop(input_size)
+    if crop_pct is None:
+        if input_size >= WARP_FROM:
+            return warp_transform(input_size)
+        if input_size <= SMALL_IMAGE:
+            return Transform(to_rgb, (centre,))  # does nothing to an image of the right size
+        crop_pct = DEFAULT_CROP_PCT
+    if not 0 < crop_pct <= 1:
         raise UserError(f"crop_pct is {crop_pct}; it must lie in (0, 1], for example 0.875.")
-    if crop_pct is None and input_size >= WARP_FROM:
-        return warp_transform(input_size)
-    if crop_pct is None and input_size <= SMALL_IMAGE:
-        steps = [T.CenterCrop(input_size)]  # does nothing to an image of the right size
-    else:
-        short_side = int(input_size / (crop_pct or DEFAULT_CROP_PCT))
-        steps = [T.Resize(short_side, interpolation=BICUBIC), T.CenterCrop(input_size)]
-    return Transform(to_rgb, tuple(steps))
+    resize = T.Resize(int(input_size / crop_pct), interpolation=T.InterpolationMode.BICUBIC)
+    return Transform(to_rgb, (resize, centre))
 
 
 def warp_transform(input_size: int) -> Transform:
-    """Picture -> uint8 (3, input_size, input_size): the whole picture, whatever its shape, resized
-    to the square."""
+    """Image -> uint8 (3, input_size, input_size): the whole image, whatever its shape, resized to
+    the square."""
     _check_input_size(input_size)
-    return Transform(to_rgb, (T.Resize((input_size, input_size), interpolation=BICUBIC),))
+    square = (input_size, input_size)
+    return Transform(to_rgb, (T.Resize(square, interpolation=T.InterpolationMode.BICUBIC),))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The image decoded. Raises what Pillow raises for a file that cannot be."""
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+class RandomResizedCrop:
+    """Image -> RGB (size, size), drawn as torchvision draws, from torch's global generator.
+
+    `fast`: a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where the crop stays large enough.
+    """
+
+    def __init__(self, size: int, scale: tuple[float, float], ratio: tuple[float, float],
+                 fast: bool = False) -> None:
+        self.size, self.scale, self.ratio, self.fast = size, scale, ratio, fast
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return self.resize(*self.decode(image))
+
+    def decode(self, image: Image.Image) -> tuple[Image.Image, Box, int]:
+        """The image in RGB at 1/factor of its size, the crop in pixels of its whole size, and
+        factor."""
+        if not self.fast or image.format != "JPEG":  # some formats know their size only then
+            image = to_rgb(image)
+        top, left, height, width = T.RandomResizedCrop.get_params(image, self.scale, self.ratio)
+        factor, full_size = decoding_factor(width, height, self.size), image.size
+        if self.fast and factor > 1:
+            image.draft("RGB", (full_size[0] // factor, full_size[1] // factor))
+        if image.size == full_size:  # no JPEG, or decoded before
+            factor = 1
+        return to_rgb(image), (left, top, left + width, top + height), factor
+
+    def resize(self, image: Image.Image, box: Box, factor: int) -> Image.Image:
+        size = (self.size, self.size)
+        if factor > 1:  # the box ends between two pixels
+            return image.resize(size, BICUBIC, box=tuple(edge / factor for edge in box))
+        # Cut first: Image.resize(box=...) lets the filter see what is around the box.
+        image = image.crop(box)
+        return resize_by_integers(image, self.size) if self.fast else image.resize(size, BICUBIC)
+
+
+def decoding_factor(width: int, height: int, size: int) -> int:
+    """The largest of 8, 4, 2, 1 (what the JPEG library can divide by) by which a crop of width x
+    height can be divided and still not be smaller than size x size: nothing is ever enlarged that
+    need not be."""
+    return next((factor for factor in (8, 4, 2) if min(width, height) >= factor * size), 1)
+
+
+def resize_by_integers(image: Image.Image, size: int) -> Image.Image:
+    """Bicubic with antialiasing, four times as fast as Pillow's. Its weights have 16 bits: one
+    value in 30 of a photograph is a grey level off, one in 10,000 more than that."""
+    pixels = torch.from_numpy(np.array(image))[None].permute(0, 3, 1, 2)  # still channels-last
+    resized = F.interpolate(pixels, (size, size), mode="bicubic", antialias=True)
+    return Image.fromarray(resized[0].permute(1, 2, 0).numpy())
+
+
+def _check_input_size(input_size: int) -> None:
+    if int(input_size) != input_size or input_size < 1:
+        raise UserError(f"input size is {input_size}; it must be a whole number of pixels, >= 1.")
 
 
 def _check_crop(input_size: int, scale: tuple[float, float], ratio: tuple[float, float],
@@ -112,78 +171,10 @@ def _check_crop(input_size: int, scale: tuple[float, float], ratio: tuple[float,
     if input_size > SMALL_IMAGE:
         return
     if tuple(scale) != CROP_SCALE or tuple(ratio) != CROP_RATIO:
-        raise UserError(
-            f"crop scale {tuple(scale)} and ratio {tuple(ratio)} have no effect at input size "
-            f"{input_size}: inputs up to {SMALL_IMAGE} px are padded by 4 and cropped, never "
-            "resized. Leave both at their defaults or use a larger input size."
-        )
+        raise UserError(f"crop scale {tuple(scale)} and ratio {tuple(ratio)} have no effect at "
+                        f"input size {input_size}: inputs up to {SMALL_IMAGE} px are padded by 4 "
+                        "and cropped, never resized. Leave both at their defaults or use a larger "
+                        "input size.")
     if fast_decode:
         raise UserError(f"--fast-decode has no effect at input size {input_size}: inputs up to "
                         f"{SMALL_IMAGE} px are never resized. Leave it out.")
-
-
-def _check_input_size(input_size: int) -> None:
-    if int(input_size) != input_size or input_size < 1:
-        raise UserError(f"input size is {input_size}; it must be a whole number of pixels, >= 1.")
-
-
-def _check_prob(name: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise UserError(f"{name} is {value}; a probability must lie in 0..1.")
-
-
-PIL_BICUBIC = Image.Resampling.BICUBIC
-FACTORS = (8, 4, 2)  # of the size, that Pillow asks the JPEG library for
-Box = tuple[int, int, int, int]  # left, top, right, bottom: pixels
-
-
-def to_rgb(picture: Image.Image) -> Image.Image:
-    """The picture decoded. Raises what Pillow raises for a file that cannot be."""
-    picture.load()
-    return picture if picture.mode == "RGB" else picture.convert("RGB")
-
-
-class RandomResizedCrop:
-    """Picture -> RGB (size, size), drawn as torchvision draws, from torch's global generator."""
-
-    def __init__(self, size: int, scale: tuple[float, float], ratio: tuple[float, float],
-                 fast: bool = False) -> None:
-        self.size, self.scale, self.ratio, self.fast = size, scale, ratio, fast
-
-    def __call__(self, picture: Image.Image) -> Image.Image:
-        return self.resize(*self.decode(picture))
-
-    def decode(self, picture: Image.Image) -> tuple[Image.Image, Box, int]:
-        """The picture in RGB at 1/factor of its size, the crop in pixels of its whole size, and
-        factor."""
-        if not self.fast or picture.format != "JPEG":  # some formats know their size only then
-            picture = to_rgb(picture)
-        top, left, height, width = T.RandomResizedCrop.get_params(picture, self.scale, self.ratio)
-        factor, full_size = decoding_factor(width, height, self.size), picture.size
-        if self.fast and factor > 1:
-            picture.draft("RGB", (full_size[0] // factor, full_size[1] // factor))
-        if picture.size == full_size:  # no JPEG, or decoded before
-            factor = 1
-        return to_rgb(picture), (left, top, left + width, top + height), factor
-
-    def resize(self, image: Image.Image, box: Box, factor: int) -> Image.Image:
-        size = (self.size, self.size)
-        if factor > 1:  # the box ends between two pixels
-            return image.resize(size, PIL_BICUBIC, box=tuple(edge / factor for edge in box))
-        # Cut first: Image.resize(box=...) lets the filter see what is around the box.
-        image = image.crop(box)
-        return resize_by_integers(image, self.size) if self.fast else image.resize(size, PIL_BICUBIC)
-
-
-def decoding_factor(width: int, height: int, size: int) -> int:
-    """The largest of 8, 4, 2, 1 by which a crop of width x height can be divided and still not be
-    smaller than size x size: nothing is ever enlarged that need not be."""
-    return next((factor for factor in FACTORS if min(width, height) >= factor * size), 1)
-
-
-def resize_by_integers(image: Image.Image, size: int) -> Image.Image:
-    """Bicubic with antialiasing, four times as fast as Pillow's. Its weights have 16 bits: one
-    value in 30 of a photograph is a grey level off, one in 10,000 more than that."""
-    pixels = torch.from_numpy(np.array(image))[None].permute(0, 3, 1, 2)  # still channels-last
-    resized = F.interpolate(pixels, (size, size), mode="bicubic", antialias=True)
-    return Image.fromarray(resized[0].permute(1, 2, 0).numpy())

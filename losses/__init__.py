@@ -1,5 +1,50 @@
 """One file per loss, each readable beside its paper. A new one is a file here and its import."""
+from math import isfinite
+
 from losses import ce, dist, dkd, fd, kd, mgd, nkd  # noqa: F401  (importing registers them)
-from losses.base import Loss, create_loss, create_losses, list_losses
+from losses.base import LOSSES, Loss, Stages
+from utils.registry import UserError, parse_spec
 
 __all__ = ["Loss", "create_loss", "create_losses", "list_losses"]
+
+
+def list_losses() -> list[str]:
+    return LOSSES.names()
+
+
+def create_loss(name: str, student_info: Stages, teacher_info: Stages | None = None, /,
+                **options) -> Loss:
+    """The registered loss `name` for a pair of networks with these stages.
+
+    Raises UnknownName, or UserError for unknown options and for a missing teacher.
+    """
+    if LOSSES.builder(name).needs_teacher and teacher_info is None:
+        raise UserError(f"loss {name!r} compares with a teacher, but there is none. "
+                        "Name one with --teacher, or train with --loss ce.")
+    stages = {"student_info": student_info, "teacher_info": teacher_info}
+    return LOSSES.create(name, stages, **options)
+
+
+def create_losses(specs: list[list[str]], student_info: Stages, teacher_info: Stages | None
+                  ) -> tuple[dict[str, Loss], dict[str, float]]:
+    """Losses and weights by name, from one `NAME weight=1 key=value ...` each.
+
+    Raises UserError where they leave the student's head untrained or the teacher unused.
+    """
+    losses, weights = {}, {}
+    for spec in specs:
+        name, options = parse_spec(spec, "--loss")
+        if name in losses:
+            raise UserError(f"--loss {name} is given twice; give it once with all its options.")
+        weight = options.pop("weight", 1.0)
+        if type(weight) not in (int, float) or not isfinite(weight):
+            raise UserError(f"--loss {name} weight must be a number, got {weight!r}.")
+        losses[name] = create_loss(name, student_info, teacher_info, **options)
+        weights[name] = weight
+    if not any(loss.trains_logits for loss in losses.values()):
+        raise UserError(f"--loss {' '.join(losses)} alone leaves the student's head untrained. "
+                        "Add --loss ce, kd or nkd.")
+    if teacher_info is not None and not any(loss.needs_teacher for loss in losses.values()):
+        raise UserError(f"the teacher is not used by --loss {' '.join(losses)}. Add a loss that "
+                        "compares with it, or set --teacher none.")
+    return losses, weights

@@ -1,13 +1,11 @@
-"""The contract of every loss."""
-from math import isfinite
-
+"""The contract of every loss, and what several of them share."""
 import torch
 from torch import Tensor, nn
 
 from models.base import FeatureInfo, ModelOutput
-from utils.registry import Registry, UserError, parse_spec
+from utils.registry import Registry, UserError
 
-Stages = tuple[FeatureInfo, ...]  # what a network declares of its maps
+Stages = tuple[FeatureInfo, ...]  # what a network declares of its feature maps
 LOSSES = Registry("loss", home="losses/__init__.py")
 register_loss = LOSSES.register
 
@@ -17,10 +15,14 @@ class Loss(nn.Module):
 
     It is called with autocast off and must compute in float32 whatever its inputs' dtype. No
     gradient may reach the teacher. What it learns itself (projections) are its parameters.
+    A loss that needs to know the stages takes `student_info` and `teacher_info`.
     """
 
     needs_teacher = True  # False: `teacher` may be None
     trains_logits = True  # False: the student's head gets no gradient from this loss alone
+
+    def __init__(self) -> None:  # its arguments are the options of a loss; here, none
+        super().__init__()
 
     def forward(self, student: ModelOutput, teacher: ModelOutput | None, targets: Tensor) -> Tensor:
         raise NotImplementedError
@@ -31,47 +33,19 @@ def hard_labels(targets: Tensor) -> Tensor:
     return targets if targets.dim() == 1 else targets.argmax(1)
 
 
-def create_loss(name: str, student_info: tuple[FeatureInfo, ...],
-                teacher_info: tuple[FeatureInfo, ...] | None = None, **options) -> Loss:
-    """The registered loss `name` for a pair of networks with these stages.
-
-    Raises UnknownName, or UserError for unknown options and for a missing teacher.
-    """
-    loss = LOSSES.create(name, student_info, teacher_info, **options)
-    if loss.needs_teacher and teacher_info is None:
-        raise UserError(f"loss {name!r} compares with a teacher, but there is none. "
-                        "Name one with --teacher, or train with --loss ce.")
-    return loss
-
-
-def create_losses(specs: list[list[str]], student_info: tuple[FeatureInfo, ...],
-                  teacher_info: tuple[FeatureInfo, ...] | None
-                  ) -> tuple[dict[str, Loss], dict[str, float]]:
-    """Losses and weights by name, from one `NAME weight=1 key=value ...` each.
-
-    Raises UserError where they leave the student's head untrained or the teacher unused.
-    """
-    losses, weights = {}, {}
-    for words in specs:
-        name, options = parse_spec(words, "--loss")
-        if name in losses:
-            raise UserError(f"--loss {name} is given twice; give it once with all its options.")
-        weight = options.pop("weight", 1.0)
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not isfinite(weight):
-            raise UserError(f"--loss {name} weight must be a number, got {weight!r}.")
-        losses[name] = create_loss(name, student_info, teacher_info, **options)
-        weights[name] = weight
-    if not any(loss.trains_logits for loss in losses.values()):
-        raise UserError(f"--loss {' '.join(losses)} alone leaves the student's head untrained. "
-                        "Add --loss ce, kd or nkd.")
-    if teacher_info is not None and not any(loss.needs_teacher for loss in losses.values()):
-        raise UserError(f"the teacher is not used by --loss {' '.join(losses)}. Add a loss that "
-                        "compares with it, or set --teacher none.")
-    return losses, weights
-
-
-def list_losses() -> list[str]:
-    return LOSSES.names()
+def stage_pairs(name: str, features: int | tuple[int, ...], student_info: Stages,
+                teacher_info: Stages) -> list[tuple[int, FeatureInfo, FeatureInfo]]:
+    """(stage, the student's, the teacher's) for every stage that the option `features` of the loss
+    `name` asks for. Raises UserError."""
+    stages = features if isinstance(features, (tuple, list)) else (features,)
+    for network, info in (("student", student_info), ("teacher", teacher_info)):
+        wrong = [s for s in stages if type(s) is not int or not -len(info) <= s < len(info)]
+        if wrong or not stages:
+            raise UserError(f"{name} features={','.join(map(str, stages))}: the {network} has "
+                            f"{len(info)} stage(s), so indices lie in [{-len(info)}, "
+                            f"{len(info) - 1}]. Match the last one only with the option "
+                            "features=-1.")
+    return [(stage, student_info[stage], teacher_info[stage]) for stage in stages]
 
 
 def check_fraction(what: str, value: float) -> None:

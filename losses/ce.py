@@ -2,7 +2,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from losses.base import Loss, Stages, check_fraction, register_loss
+from losses.base import Loss, check_fraction, register_loss
 from models.base import ModelOutput
 from utils.registry import UserError
 
@@ -16,8 +16,7 @@ class CrossEntropy(Loss):
 
     needs_teacher = False
 
-    def __init__(self, student_info: Stages, teacher_info: Stages | None,
-                 label_smoothing: float = 0.0) -> None:
+    def __init__(self, label_smoothing: float = 0.0) -> None:
         super().__init__()
         check_fraction("ce label_smoothing", label_smoothing)
         self.label_smoothing = label_smoothing

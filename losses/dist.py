@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from losses.base import Loss, Stages, check_not_negative, check_positive, register_loss
+from losses.base import Loss, check_not_negative, check_positive, register_loss
 from models.base import ModelOutput
 
 EPSILON = 1e-8  # the published code's, absolute
@@ -25,8 +25,7 @@ class CorrelationDistillation(Loss):
     at zero, count as r = 0 without a gradient (the published code divides it by 1e-8).
     """
 
-    def __init__(self, student_info: Stages, teacher_info: Stages | None, beta: float = 1.0,
-                 gamma: float = 1.0, temperature: float = 1.0) -> None:
+    def __init__(self, beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0) -> None:
         super().__init__()
         check_not_negative("dist beta", beta)
         check_not_negative("dist gamma", gamma)

@@ -3,14 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from losses.base import (
-    Loss,
-    Stages,
-    check_not_negative,
-    check_positive,
-    hard_labels,
-    register_loss,
-)
+from losses.base import Loss, check_not_negative, check_positive, hard_labels, register_loss
 from models.base import ModelOutput
 
 
@@ -27,8 +20,7 @@ class DecoupledKnowledgeDistillation(Loss):
     of the weight is left out: on ImageNet it lasts one epoch, counted from 1, and so is none.
     """
 
-    def __init__(self, student_info: Stages, teacher_info: Stages | None, alpha: float = 1.0,
-                 beta: float = 0.5, temperature: float = 1.0) -> None:
+    def __init__(self, alpha: float = 1.0, beta: float = 0.5, temperature: float = 1.0) -> None:
         super().__init__()
         check_not_negative("dkd alpha", alpha)
         check_not_negative("dkd beta", beta)

@@ -3,15 +3,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from losses.base import Loss, check_positive, register_loss
-from models.base import FeatureInfo, ModelOutput
+from losses.base import Loss, Stages, check_positive, register_loss, stage_pairs
+from models.base import ModelOutput
 from utils.registry import UserError
 
 
 @register_loss("fd")
 class FeatureDistillation(Loss):
-    """Distance between the student's stage map, after a 1x1 convolution to the teacher's channels,
-    and the teacher's map; mean over all elements, then over the chosen stages.
+    """Distance between the student's feature map, after a 1x1 convolution to the teacher's
+    channels, and the teacher's map; mean over all elements, then over the chosen stages.
 
     `kind`: smooth_l1 with `beta`, or mse. `whiten` normalises the teacher's map over its channels
     without affine, as the FD paper does; the published distillation code compares raw maps (off).
@@ -23,8 +23,7 @@ class FeatureDistillation(Loss):
 
     trains_logits = False
 
-    def __init__(self, student_info: tuple[FeatureInfo, ...],
-                 teacher_info: tuple[FeatureInfo, ...] | None, kind: str = "smooth_l1",
+    def __init__(self, student_info: Stages, teacher_info: Stages, kind: str = "smooth_l1",
                  beta: float = 2.0, whiten: bool = False, features: int | tuple[int, ...] = -1,
                  project: bool = True) -> None:
         super().__init__()
@@ -32,10 +31,9 @@ class FeatureDistillation(Loss):
             raise UserError(f"fd kind must be smooth_l1 or mse, got {kind!r}.")
         check_positive("fd beta", beta)
         self.kind, self.beta, self.whiten = kind, beta, whiten
-        self.stages = features if isinstance(features, (tuple, list)) else (features,)
-        self.projections = nn.ModuleList()
-        for student, teacher in stage_pairs("fd", student_info, teacher_info or student_info,
-                                            self.stages):
+        self.stages, self.projections = [], nn.ModuleList()
+        for stage, student, teacher in stage_pairs("fd", features, student_info, teacher_info):
+            self.stages.append(stage)
             self.projections.append(_projection(student.channels, teacher.channels, project))
 
     def forward(self, student: ModelOutput, teacher: ModelOutput, targets: Tensor) -> Tensor:
@@ -54,20 +52,6 @@ class FeatureDistillation(Loss):
         if self.kind == "mse":
             return F.mse_loss(student, teacher)
         return F.smooth_l1_loss(student, teacher, beta=self.beta)
-
-
-def stage_pairs(name: str, student_info: tuple[FeatureInfo, ...],
-                teacher_info: tuple[FeatureInfo, ...], stages: tuple[int, ...]
-                ) -> list[tuple[FeatureInfo, FeatureInfo]]:
-    """What both networks declare of these stages. Raises UserError, for the loss `name`."""
-    for who, info in (("student", student_info), ("teacher", teacher_info)):
-        wrong = [s for s in stages if type(s) is not int or not -len(info) <= s < len(info)]
-        if wrong or not stages:
-            raise UserError(f"{name} features={','.join(map(str, stages))}: the {who} has "
-                            f"{len(info)} stage(s), so indices lie in [{-len(info)}, "
-                            f"{len(info) - 1}]. Match the last one only with the option "
-                            "features=-1.")
-    return [(student_info[stage], teacher_info[stage]) for stage in stages]
 
 
 def _projection(in_channels: int, out_channels: int, project: bool) -> nn.Module:

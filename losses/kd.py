@@ -2,7 +2,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from losses.base import Loss, Stages, check_fraction, check_positive, register_loss
+from losses.base import Loss, check_fraction, check_positive, register_loss
 from models.base import ModelOutput
 
 
@@ -15,8 +15,7 @@ class KnowledgeDistillation(Loss):
     distillation, arXiv 2012.12877 eq. 3, without its extra token). Targets may be soft.
     """
 
-    def __init__(self, student_info: Stages, teacher_info: Stages | None,
-                 temperature: float = 1.0, alpha: float = 0.1, hard: bool = False) -> None:
+    def __init__(self, temperature: float = 1.0, alpha: float = 0.1, hard: bool = False) -> None:
         super().__init__()
         check_positive("kd temperature", temperature)
         check_fraction("kd alpha", alpha)

@@ -3,8 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from losses.base import Loss, Stages, check_positive, register_loss
-from losses.fd import stage_pairs
+from losses.base import Loss, Stages, check_positive, register_loss, stage_pairs
 from models.base import ModelOutput
 from utils.registry import UserError
 
@@ -27,7 +26,7 @@ class MaskedGenerativeDistillation(Loss):
 
     trains_logits = False
 
-    def __init__(self, student_info: Stages, teacher_info: Stages | None,
+    def __init__(self, student_info: Stages, teacher_info: Stages,
                  features: int | tuple[int, ...] = -1, mask_ratio: float = 0.15,
                  alpha: float = 7e-5) -> None:
         super().__init__()
@@ -36,10 +35,9 @@ class MaskedGenerativeDistillation(Loss):
                             "left of the student.")
         check_positive("mgd alpha", alpha)
         self.mask_ratio, self.alpha = mask_ratio, alpha
-        self.stages = features if isinstance(features, (tuple, list)) else (features,)
-        self.aligns, self.generators = nn.ModuleList(), nn.ModuleList()
-        for student, teacher in stage_pairs("mgd", student_info, teacher_info or student_info,
-                                            self.stages):
+        self.stages, self.aligns, self.generators = [], nn.ModuleList(), nn.ModuleList()
+        for stage, student, teacher in stage_pairs("mgd", features, student_info, teacher_info):
+            self.stages.append(stage)
             is_equal = student.channels == teacher.channels
             self.aligns.append(nn.Identity() if is_equal else
                                nn.Conv2d(student.channels, teacher.channels, kernel_size=1))

@@ -3,9 +3,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from losses.base import Loss, Stages, check_positive, hard_labels, register_loss
+from losses.base import Loss, check_not_negative, check_positive, hard_labels, register_loss
 from models.base import ModelOutput
-from utils.registry import UserError
 
 
 @register_loss("nkd")
@@ -19,12 +18,10 @@ class NormalizedKnowledgeDistillation(Loss):
     gamma = 1 as in the published distillation runs; the NKD paper uses 1.5.
     """
 
-    def __init__(self, student_info: Stages, teacher_info: Stages | None, temperature: float = 1.0,
-                 gamma: float = 1.0) -> None:
+    def __init__(self, temperature: float = 1.0, gamma: float = 1.0) -> None:
         super().__init__()
         check_positive("nkd temperature", temperature)
-        if not 0 <= gamma < torch.inf:
-            raise UserError(f"nkd gamma must not be negative or infinite, got {gamma}.")
+        check_not_negative("nkd gamma", gamma)
         self.temperature, self.gamma = temperature, gamma
 
     def forward(self, student: ModelOutput, teacher: ModelOutput, targets: Tensor) -> Tensor:

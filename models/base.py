@@ -1,10 +1,13 @@
 """The contract of every network, teacher or student."""
+import copy
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from utils.registry import Registry, UserError
+from utils.registry import Registry, UserError, one_line
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -33,8 +36,8 @@ class VisionModel(nn.Module):
     num_classes: int
     input_mean: tuple[float, float, float] = IMAGENET_MEAN  # what the weights expect
     input_std: tuple[float, float, float] = IMAGENET_STD
-    input_size: int | None = None  # the only side length it accepts, in pixels; None: any
-    native_size: int | None = None  # of any, the one its weights expect as a teacher's
+    input_size: int = 224  # side of the images that its weights were trained at, in pixels
+    fixed_size: bool = False  # whether it accepts no other
 
     def forward_with_features(self, images: Tensor) -> ModelOutput:
         """(N, 3, H, W) -> logits (N, num_classes) and one map per stage."""
@@ -48,6 +51,14 @@ class VisionModel(nn.Module):
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
 
+    def count_macs(self, input_size: int) -> int:
+        """Multiply-accumulates of one image of this side, in convolutions and matrix products (what
+        tables of papers call FLOPs). Computed on shapes alone; the model is left as it is. Raises
+        UserError where it does not run at this size."""
+        with FlopCounterMode(display=False) as counter:
+            run_on_shapes(copy.deepcopy(self).to("meta"), input_size)
+        return counter.get_total_flops() // 2
+
     def fold(self) -> "VisionModel":
         """Fold, in place, what can be folded for inference without changing the function; self."""
         return self
@@ -58,7 +69,7 @@ class VisionModel(nn.Module):
         network a file is of. May raise LookupError or ValueError for another architecture's."""
         return {}
 
-    def translated(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    def convert_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """A published state dict of this architecture under this class's names; `state` itself when
         it has them already or is none that the class knows."""
         return state
@@ -78,11 +89,25 @@ class VisionModel(nn.Module):
                         "no layer_ids(). Leave --layer-decay at 1.")
 
 
-def create_model(name: str, num_classes: int = 1000, **options) -> VisionModel:
-    """The registered network `name` with random weights. Raises UserError for unknown options."""
+@torch.no_grad()
+def run_on_shapes(model: VisionModel, input_size: int) -> None:
+    """One image through a network on the meta device. Raises UserError where it does not fit."""
+    if model.fixed_size and input_size != model.input_size:
+        raise UserError(f"the model takes {model.input_size} px only, and --input-size is "
+                        f"{input_size}.")
+    try:
+        model.eval()(torch.empty(1, 3, input_size, input_size, device="meta"))
+    except RuntimeError as error:
+        raise UserError(f"the model does not run at --input-size {input_size}: "
+                        f"{one_line(error)}.") from error
+
+
+def create_model(name: str, num_classes: int = 1000, /, **options: Any) -> VisionModel:
+    """The registered network `name` with random weights. Raises UnknownName, or UserError for
+    options that it does not have."""
     if not isinstance(num_classes, int) or num_classes < 1:
         raise UserError(f"num_classes must be a positive int, got {num_classes!r}.")
-    return MODELS.create(name, num_classes, **options)
+    return MODELS.create(name, {"num_classes": num_classes}, **options)
 
 
 def list_models() -> list[str]:

@@ -16,7 +16,7 @@ from models.layers import (
     check_stages,
     drop_path_rates,
 )
-from models.weights import renamed
+from models.weights import rename_keys
 
 TINY, SMALL = (3, 3, 9, 3), (3, 3, 27, 3)
 
@@ -122,7 +122,9 @@ def _layer_id(name: str, depths: Sequence[int]) -> int:
     stage = int(parts[1])
     if parts[0] == "downsample_layers":
         return (0, 2, 3, 12)[stage]
-    return 3 + int(parts[2]) // 3 if stage == 2 else (1, 2, None, 12)[stage]
+    if stage == 2:
+        return 3 + int(parts[2]) // 3
+    return (1, 2, None, 12)[stage]
 
 
 # torchvision's names (features.*, classifier.*) and timm's (stem.*, blocks, conv_dw, mlp).
@@ -159,52 +161,43 @@ def _init_weights(module: nn.Module) -> None:
 class ConvNeXt(ConvNeXtFrame):
     """The original ConvNeXt: depthwise 7x7 with bias and no BatchNorm."""
 
+    grn = False
+
     def __init__(self, num_classes: int = 1000, depths: Sequence[int] = TINY,
                  dims: Sequence[int] = (96, 192, 384, 768), layer_scale_init: float = 1e-6,
                  drop_path: float = 0.0, head_init_scale: float = 1.0) -> None:
         def make_block(stage: int, dim: int, rate: float) -> nn.Module:
             dwconv = nn.Conv2d(dim, dim, 7, padding=3, groups=dim)
             return ConvNeXtBlock(dim, "dwconv", dwconv, drop_path=rate,
-                                 layer_scale_init=layer_scale_init)
+                                 layer_scale_init=layer_scale_init, grn=self.grn)
 
         super().__init__(num_classes, depths, dims, make_block, drop_path=drop_path,
                          head_init_scale=head_init_scale)
 
-    def translated(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    def convert_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Takes the names and shapes of torchvision and timm, too."""
-        return translated_convnext(state)
+        result = rename_keys(state, CONVNEXT_NAMES)
+        for name, value in result.items():
+            if name.endswith(".gamma") and value.shape[1:] == (1, 1):
+                result[name] = value.flatten()  # torchvision's layer scale is (C, 1, 1)
+            elif ".grn." in name and value.dim() == 1:
+                result[name] = value.view(1, 1, 1, -1)  # timm's is (4C,)
+            elif ".pwconv" in name and value.shape[2:] == (1, 1):
+                result[name] = value.flatten(1)  # 1x1 convolutions in some of timm's files
+        return result
 
 
 @register_model("convnextv2_nano", depths=(1, 1, 2, 1), dims=(24, 48, 96, 192))
 @register_model("convnextv2_t", depths=TINY, dims=(96, 192, 384, 768))
 @register_model("convnextv2_s", depths=SMALL, dims=(96, 192, 384, 768))
-class ConvNeXtV2(ConvNeXtFrame):
+class ConvNeXtV2(ConvNeXt):
     """ConvNeXt V2 (Woo et al. 2023, arXiv 2301.00808): a response normalisation in every MLP and no
     layer scale. (Its paper has no S; `convnextv2_s` is the depth of ConvNeXt-S.)"""
+
+    grn = True
 
     def __init__(self, num_classes: int = 1000, depths: Sequence[int] = TINY,
                  dims: Sequence[int] = (96, 192, 384, 768), drop_path: float = 0.0,
                  head_init_scale: float = 1.0) -> None:
-        def make_block(stage: int, dim: int, rate: float) -> nn.Module:
-            dwconv = nn.Conv2d(dim, dim, 7, padding=3, groups=dim)
-            return ConvNeXtBlock(dim, "dwconv", dwconv, drop_path=rate, layer_scale_init=0.0,
-                                 grn=True)
-
-        super().__init__(num_classes, depths, dims, make_block, drop_path=drop_path,
+        super().__init__(num_classes, depths, dims, layer_scale_init=0.0, drop_path=drop_path,
                          head_init_scale=head_init_scale)
-
-    def translated(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Takes the names and shapes of timm, too."""
-        return translated_convnext(state)
-
-
-def translated_convnext(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    result = renamed(state, CONVNEXT_NAMES)
-    for name, value in result.items():
-        if name.endswith(".gamma") and value.shape[1:] == (1, 1):
-            result[name] = value.flatten()  # torchvision's layer scale is (C, 1, 1)
-        elif ".grn." in name and value.dim() == 1:
-            result[name] = value.view(1, 1, 1, -1)  # timm's is (4C,)
-        elif ".pwconv" in name and value.shape[2:] == (1, 1):
-            result[name] = value.flatten(1)  # 1x1 convolutions in some of timm's files
-    return result

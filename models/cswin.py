@@ -86,6 +86,8 @@ class CSWin(VisionModel):
     The maps are the four stages before their down-sampling; the last one is normed, as pooled.
     """
 
+    fixed_size = True
+
     def __init__(self, num_classes: int = 1000, dim: int = 64,
                  depths: Sequence[int] = (1, 2, 21, 1), splits: Sequence[int] = (1, 2, 7, 7),
                  heads: Sequence[int] = (2, 4, 8, 16), image_size: int = 224,

@@ -1,6 +1,5 @@
-"""Everything with a gradient in one module, to be wrapped once by DDP and optimised as one."""
-from typing import NamedTuple
-
+"""The teacher, frozen; and everything with a gradient in one module, which DDP wraps once and the
+optimizer sees as one."""
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,73 +16,54 @@ class FrozenTeacher(nn.Module):
     """`model` for inference only: evaluation mode for ever, no gradient, folded, channels-last.
 
     It takes the batches of the student, normalised with `data_mean` and `data_std`, and gives
-    `model` what its weights expect: its own normalisation and, where they have one, their size.
+    `model` what its weights expect: its own normalisation and, where it is not the usual 224 px or
+    the network accepts no other, their size.
     """
 
     def __init__(self, model: VisionModel, data_mean: tuple[float, ...],
                  data_std: tuple[float, ...]) -> None:
         super().__init__()
-        self.num_parameters = sum(p.numel() for p in model.parameters())  # before folding
+        self.num_parameters = model.num_parameters  # before folding
         self.model = model.eval().fold().requires_grad_(False)
         self.model.to(memory_format=torch.channels_last)
         self.feature_info, self.num_classes = model.feature_info, model.num_classes
-        self.input_size = model.input_size or model.native_size
+        self.input_size = model.input_size
+        # Whether it resizes all images to that.
+        self.fixed_size = model.fixed_size or model.input_size != VisionModel.input_size
         # (p - m) / s from x = (p - dm) / ds is x * (ds / s) + (dm - m) / s.
-        stats = [torch.tensor(values).view(1, 3, 1, 1)
-                 for values in (data_mean, data_std, model.input_mean, model.input_std)]
-        self.register_buffer("scale", stats[1] / stats[3])
-        self.register_buffer("shift", (stats[0] - stats[2]) / stats[3])
-        self.renormalises = (tuple(data_mean), tuple(data_std)) != (model.input_mean,
-                                                                    model.input_std)
+        data_mean, data_std, mean, std = [
+            torch.tensor(values).view(1, 3, 1, 1)
+            for values in (data_mean, data_std, model.input_mean, model.input_std)]
+        self.renormalises = not (data_mean.equal(mean) and data_std.equal(std))
+        self.register_buffer("scale", data_std / std)
+        self.register_buffer("shift", (data_mean - mean) / std)
         self.train(False)
 
     def train(self, mode: bool = True) -> "FrozenTeacher":
         return super().train(False)
 
+    def compile(self) -> None:
+        """Compile `forward_with_features` on its next call."""
+        self.forward_with_features = torch.compile(self.forward_with_features)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) -> logits (N, num_classes)."""
+        return self.forward_with_features(images).logits
+
     @torch.no_grad()
-    def forward(self, images: Tensor) -> ModelOutput:
+    def forward_with_features(self, images: Tensor) -> ModelOutput:
         """(N, 3, H, W) -> logits and stage maps without gradient history."""
         if self.renormalises:
             images = images * self.scale + self.shift
-        if self.input_size not in (None, images.shape[-1]):
+        if self.fixed_size and images.shape[-1] != self.input_size:
             images = F.interpolate(images, (self.input_size, self.input_size), mode="bicubic",
                                    antialias=True)
         if images.device.type != "cpu" or len(images) <= IMAGES_AT_A_TIME:
             return self.model.forward_with_features(images)
         parts = [self.model.forward_with_features(part) for part in images.split(IMAGES_AT_A_TIME)]
-        maps = zip(*[part.features for part in parts])
-        return ModelOutput(torch.cat([part.logits for part in parts]), [*map(torch.cat, maps)])
-
-
-class PendingOutput(NamedTuple):
-    """What a stream of the GPU is still computing."""
-
-    output: ModelOutput
-    stream: torch.cuda.Stream
-
-    @torch.compiler.disable
-    def wait(self) -> ModelOutput:
-        """The output, safe to use on the current stream. The host does not wait."""
-        current = torch.cuda.current_stream()
-        current.wait_stream(self.stream)
-        for tensor in (self.output.logits, *self.output.features):
-            tensor.record_stream(current)  # its memory is the other stream's
-        return self.output
-
-
-class OnOwnStream:
-    """The teacher on a CUDA stream of its own, beside the forward pass of the student, which asks
-    for the output when its losses need it."""
-
-    def __init__(self, teacher: FrozenTeacher, device: torch.device) -> None:
-        self.teacher, self.stream = teacher, torch.cuda.Stream(device)
-
-    def __call__(self, images: Tensor) -> PendingOutput:
-        self.stream.wait_stream(torch.cuda.current_stream())  # for the images
-        with torch.cuda.stream(self.stream):
-            output = self.teacher(images)
-        images.record_stream(self.stream)
-        return PendingOutput(output, self.stream)
+        stages = zip(*[part.features for part in parts])
+        return ModelOutput(torch.cat([part.logits for part in parts]),
+                           [torch.cat(maps) for maps in stages])
 
 
 class Distiller(nn.Module):
@@ -99,35 +79,43 @@ class Distiller(nn.Module):
         self.losses = nn.ModuleDict(losses)
         self.weights = weights
 
-    def forward(self, images: Tensor, targets: Tensor,
-                teacher: ModelOutput | PendingOutput | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum of the losses, and each raw term under its name."""
-        student = self.student.forward_with_features(images)
-        if isinstance(teacher, PendingOutput):
-            teacher = teacher.wait()
-        terms = self.terms(student, teacher, targets)
-        return sum(self.weights[name] * term for name, term in terms.items()), terms
+    def forward(self, images: Tensor, targets: Tensor, teacher: ModelOutput | None
+                ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """The weighted sum of the losses, each raw term under its name, and the student's logits
+        (N, num_classes) in float32, detached, for what is only logged.
 
-    def terms(self, student: ModelOutput, teacher: ModelOutput | None,
-              targets: Tensor) -> dict[str, Tensor]:
-        """Each raw loss under its name, in float32 whatever the caller's autocast."""
-        with torch.autocast(student.logits.device.type, enabled=False):
-            return {name: loss(student, teacher, targets) for name, loss in self.losses.items()}
+        The losses are computed in float32, whatever the caller's autocast.
+        """
+        student = self.student.forward_with_features(images)
+        with torch.autocast(images.device.type, enabled=False):
+            terms = {name: loss(student, teacher, targets) for name, loss in self.losses.items()}
+        total = sum(self.weights[name] * term for name, term in terms.items())
+        return total, terms, student.logits.detach().float()
 
     @torch.no_grad()
-    def check(self, images: Tensor, targets: Tensor, teacher: nn.Module | None) -> None:
-        """Raises UserError when teacher, student and losses do not go together on such a batch.
-        Leaves no trace."""
+    def check(self, images: Tensor, targets: Tensor, teacher: FrozenTeacher | None,
+              batch_size: int) -> None:
+        """Raises UserError when teacher, student and losses do not go together on such images, or
+        in batches of this size. Leaves no trace."""
+        size = images.shape[-1]
+        if self.student.fixed_size and self.student.input_size != size:
+            raise UserError(f"the student takes {self.student.input_size} px only, and --input-size"
+                            f" is {size}.")
+        has_batch_norm = any(isinstance(module, nn.BatchNorm2d) for module in self.modules())
+        if batch_size == 1 and has_batch_norm:
+            raise UserError("--batch-size 1 leaves BatchNorm nothing to average over; use 2 or "
+                            "more.")
         was_training = self.training
         self.eval()
         try:
+            output = None if teacher is None else teacher.forward_with_features(images)
             # forward itself: a compiled module would be compiled for this odd batch, too.
-            self.forward(images, targets, teacher and teacher.forward(images))
+            self.forward(images, targets, output)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             raise UserError(f"teacher, student and losses do not go together at --input-size "
-                            f"{images.shape[-1]}: {one_line(error)}.") from error
+                            f"{size}: {one_line(error)}.") from error
         finally:
             self.train(was_training)
 

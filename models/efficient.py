@@ -11,7 +11,7 @@ from torchvision.models import efficientnet, mobilenetv3
 
 from models.base import FeatureInfo, ModelOutput, VisionModel, register_model
 from models.layers import check_drop_path
-from models.weights import renamed
+from models.weights import rename_keys
 from utils.registry import UserError
 
 # expansion, kernel, stride, in, out, blocks of EfficientNet-B0 (Tan and Le 2019, table 1)
@@ -19,27 +19,26 @@ B0 = [(1, 3, 1, 32, 16, 1), (6, 3, 2, 16, 24, 2), (6, 5, 2, 24, 40, 2), (6, 3, 2
       (6, 5, 1, 80, 112, 3), (6, 5, 2, 112, 192, 4), (6, 3, 1, 192, 320, 1)]
 
 
-@register_model("efficientnet_b3", width=1.2, depth=1.4, native_size=300)
+@register_model("efficientnet_b3", width=1.2, depth=1.4, input_size=300)
 @register_model("efficientnet_nano", width=0.3, depth=0.3)
 class EfficientNet(VisionModel, efficientnet.EfficientNet):
-    """EfficientNet (Tan and Le 2019, arXiv 1905.11946). As a teacher it is given pictures of
-    `native_size` pixels, the side its weights were trained at; 0: the student's.
+    """EfficientNet (Tan and Le 2019, arXiv 1905.11946). `input_size` is the side in pixels that its
+    weights were trained at: as a teacher it is given images of that size, where it is not 224.
 
     The maps are the last at each of the strides 4, 8, 16, and the final 1x1 convolution's at 32.
     """
 
     def __init__(self, num_classes: int = 1000, width: float = 1.0, depth: float = 1.0,
-                 native_size: int = 0, dropout: float = 0.3, drop_path: float = 0.2) -> None:
+                 input_size: int = 224, dropout: float = 0.3, drop_path: float = 0.2) -> None:
         check_drop_path(drop_path)
-        if not (width > 0 and depth > 0 and native_size >= 0 and 0 <= dropout < 1):
-            raise UserError(f"EfficientNet needs a positive width and depth, a native_size of 0 or "
-                            f"more and a dropout in [0, 1); got {width}, {depth}, {native_size}, "
-                            f"{dropout}.")
+        if not (width > 0 and depth > 0 and input_size > 0 and 0 <= dropout < 1):
+            raise UserError(f"EfficientNet needs a positive width, depth and input_size and a "
+                            f"dropout in [0, 1); got {width}, {depth}, {input_size}, {dropout}.")
         settings = [efficientnet.MBConvConfig(*row, width_mult=width, depth_mult=depth)
                     for row in B0]
         super().__init__(settings, dropout, stochastic_depth_prob=drop_path,
                          num_classes=num_classes)
-        self.num_classes, self.native_size = num_classes, native_size or None
+        self.num_classes, self.input_size = num_classes, input_size
         # features: stem, seven stages, last convolution
         self.map_indices = (2, 3, 5, 8)
         channels = [settings[1].out_channels, settings[2].out_channels, settings[4].out_channels,
@@ -96,14 +95,14 @@ class MobileNetV3(VisionModel, mobilenetv3.MobileNetV3):
     def options_of(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
         return {"bn_eps": 1e-5} if "conv_head.bias" in state else {}
 
-    def translated(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    def convert_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Takes timm's names, too, if `bn_eps` is timm's."""
         if not {"conv_stem.weight", "conv_head.weight", "conv_head.bias"} <= state.keys():
             return state
         if self.bn_eps != 1e-5:
             raise UserError("these are timm's MobileNetV3 weights, trained with a BatchNorm eps of "
                             "1e-5. Add the option bn_eps=1e-5 to the model.")
-        state = renamed(state, _timm_names())
+        state = rename_keys(state, _timm_names())
         head = state["classifier.0.weight"]
         return {**state, "classifier.0.weight": head.flatten(1)}  # there a 1x1 convolution
 
@@ -116,9 +115,11 @@ def _timm_names() -> list[tuple[str, str]]:
     for number, (stage, block) in enumerate(_TIMM_BLOCKS, start=1):
         _, _, expanded, _, has_squeeze, *_ = LARGE[number - 1]
         there, here = rf"blocks\.{stage}\.{block}\.", f"features.{number}.block."
-        convs = ["conv_pw", "conv_dw", "conv_pwl"] if number > 1 else ["conv_dw", "conv_pw"]
-        places = [0, 1, 2 + has_squeeze] if number > 1 else [0, 1]
-        for i, (conv, place) in enumerate(zip(convs, places), start=1):
+        if number == 1:  # expands nothing
+            places = {"conv_dw": 0, "conv_pw": 1}
+        else:
+            places = {"conv_pw": 0, "conv_dw": 1, "conv_pwl": 3 if has_squeeze else 2}
+        for i, (conv, place) in enumerate(places.items(), start=1):
             rules.append((rf"{there}{conv}\.(\w+)", rf"{here}{place}.0.\1"))
             rules.append((rf"{there}bn{i}\.(\w+)", rf"{here}{place}.1.\1"))
         rules.append((rf"{there}se\.conv_reduce\.(\w+)", rf"{here}2.fc1.\1"))

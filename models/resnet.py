@@ -153,4 +153,7 @@ class ResNet(VisionModel):
 def _layer_id(name: str, blocks: list[str]) -> int:
     if name.startswith("fc."):
         return len(blocks) + 1
-    return next((i + 1 for i, block in enumerate(blocks) if name.startswith(block)), 0)
+    for i, block in enumerate(blocks, start=1):
+        if name.startswith(block):
+            return i
+    return 0

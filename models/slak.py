@@ -62,7 +62,7 @@ class LargeKernel(LargeKernelModule):
             self.small_conv = ConvBranch(dim, (small_kernel, small_kernel), bn)
 
     def forward(self, x: Tensor) -> Tensor:
-        maps = depthwise(x, self.kernels(), self.implementation)
+        maps = depthwise(x, self.kernels(), self.backend)
         return sum(branch.bn(y) for branch, y in zip(self.children(), maps))
 
     def kernels(self) -> list[Tensor]:
@@ -101,7 +101,7 @@ class FoldedLargeKernel(LargeKernelModule):
 
     def forward(self, x: Tensor) -> Tensor:
         return depthwise_sum(x, self.kernels(), self.convs[0].bias, self.prepared,
-                             self.implementation)
+                             self.backend)
 
     def kernels(self) -> list[Tensor]:
         return [conv.weight for conv in self.convs]
@@ -205,6 +205,8 @@ def _check_kernels(kernel_size: Sequence[int], num_stages: int, decomposed: bool
     if len(numbers) != num_stages + 1 or not all(isinstance(k, int) and k > 0 for k in numbers):
         raise UserError(f"kernel_size takes {num_stages + 1} positive integers, the kernel of each "
                         f"stage and the small kernel N, e.g. 51,49,47,13,5; got {numbers}.")
-    used = numbers[:-1] + [numbers[-1]] * (decomposed or numbers[-1] < max(numbers[:-1]))
-    if any(k % 2 == 0 for k in used):
+    *kernels, small = numbers
+    if decomposed or small < max(kernels):  # else it is not used
+        kernels.append(small)
+    if any(k % 2 == 0 for k in kernels):
         raise UserError(f"kernels must be odd to keep the size of a map; got {numbers}.")

@@ -6,7 +6,6 @@ Masks hold weights at zero; nothing is skipped, so they cost a little time and s
 """
 import copy
 import math
-from argparse import ArgumentParser
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -20,11 +19,166 @@ from utils.optim import cosine_schedule
 from utils.registry import UserError
 from utils.rng import fold_seed, generator
 
-__all__ = ["SparseMask", "add_sparsity_flags", "erk_densities", "gradient_growth",
-           "magnitude_prune", "maskable", "snip_densities"]
-
-FINAL_PRUNE_RATE = 0.005  # where the published cosine ends
+LAYERS = ("all", "large-kernel")
+INITS = ("snip", "snip-mask", "erk", "uniform", "weights")
 GROWTHS = ("random", "gradient", "momentum")
+DENSE_FROM = 0.99  # a layer at this density or above is not masked at all, as published
+FINAL_PRUNE_RATE = 0.005  # where the published cosine ends
+ZERO_TOLERANCE = 0.02  # between --sparsity and the share of zeros of a file that is continued
+
+
+def maskable(model: VisionModel, layers: str = "all") -> dict[str, nn.Parameter]:
+    """The weights that may be masked, by name: every trained one of two or four dimensions but for
+    those that the model exempts from decay (GRN's, tables of positions); with `large-kernel`, those
+    that it names as its large kernels only."""
+    if layers not in LAYERS:
+        raise UserError(f"--sparse-layers must be one of {', '.join(LAYERS)}; got {layers!r}.")
+    exempt = model.no_weight_decay()
+    weights = {name: weight for name, weight in model.named_parameters()
+               if weight.dim() in (2, 4) and weight.requires_grad and name not in exempt}
+    if layers == "all":
+        return weights
+    large = model.large_kernels()
+    if not large:
+        raise UserError(f"--sparse-layers large-kernel: {type(model).__name__} has no large "
+                        "kernels. Use --sparse-layers all.")
+    return {name: weight for name, weight in weights.items() if name in large}
+
+
+def starting_masks(model: VisionModel, weights: Mapping[str, nn.Parameter], *, init: str,
+                   density: float, first_batch: Callable[[], tuple[Tensor, Tensor]],
+                   seed: int) -> dict[str, Tensor]:
+    """Bool masks by name, of those among `weights` that are masked at all.
+
+    `snip`, `erk` and `uniform` give the density of each layer; which of its weights live is then
+    drawn at random, the number exact. `snip-mask` keeps the weights that SNIP ranks highest.
+    `weights` keeps what is not zero, to continue a network that was trained sparse.
+    """
+    if init not in INITS:
+        raise UserError(f"--sparse-init must be one of {', '.join(INITS)}; got {init!r}.")
+    if not 0 < density < 1:
+        raise UserError(f"--sparsity must lie in (0, 1) to mask anything, got {1 - density:g}.")
+    _check_zeros(weights, init, density)
+    if init in ("snip", "snip-mask"):
+        torch.manual_seed(fold_seed(seed, "snip"))
+        images, labels = first_batch()
+    if init == "weights":
+        masks = {name: weight.detach() != 0 for name, weight in weights.items()}
+    elif init == "snip-mask":
+        masks = snip_masks(model, weights, images, labels, density)
+    else:
+        shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+        densities = dict.fromkeys(shapes, density)  # uniform
+        if init == "snip":
+            densities = snip_densities(model, weights, images, labels, density)
+        elif init == "erk":
+            densities = erk_densities(shapes, density)
+        masks = draw_masks(shapes, densities, seed)
+    return _without_dense_layers(masks, init, density)
+
+
+def _check_zeros(weights: Mapping[str, nn.Parameter], init: str, density: float) -> None:
+    """A network that was trained sparse must not be masked anew, nor a dense one be taken for
+    sparse."""
+    total = num_zeros = num_masked = 0
+    for weight in weights.values():
+        zeros = int((weight == 0).sum())
+        total, num_zeros = total + weight.numel(), num_zeros + zeros
+        # A layer of nothing but zeros is one that starts at zero, as the heads of Transformers do.
+        if zeros < weight.numel():
+            num_masked += zeros
+    share, is_sparse = num_zeros / total, num_masked > 0.05 * total
+    if init != "weights" and is_sparse:
+        raise UserError(f"{share:.1%} of the weights are zero already, as of a network that was "
+                        f"trained sparse, and --sparse-init {init} would zero others at random. "
+                        "Continue it with --sparse-init weights.")
+    if init == "weights" and abs(share - (1 - density)) > ZERO_TOLERANCE:
+        remedy = "That network is dense; mask it with --sparse-init snip or erk."
+        if is_sparse:
+            remedy = f"To go on with that, pass --sparsity {share:.3f}."
+        raise UserError(f"--sparse-init weights keeps the zeros of --student-weights, which are "
+                        f"{share:.1%} of its weights, but --sparsity is {1 - density:g}. {remedy}")
+
+
+def _without_dense_layers(masks: dict[str, Tensor], init: str, density: float
+                          ) -> dict[str, Tensor]:
+    """Those that mask enough to be kept. Raises UserError where a layer is wholly masked, or none
+    is masked."""
+    counts = {name: int(mask.sum()) for name, mask in masks.items()}
+    empty = [name for name, count in counts.items() if count == 0]
+    if empty:
+        raise UserError(f"--sparsity {1 - density:g} with --sparse-init {init} leaves {len(empty)} "
+                        f"layer(s) without a weight, {empty[0]} the first, and they would stay so. "
+                        "Lower --sparsity, or use --sparse-init erk.")
+    masks = {name: mask for name, mask in masks.items()
+             if counts[name] < DENSE_FROM * mask.numel()}
+    if not masks:
+        raise UserError(f"--sparsity {1 - density:g} masks nothing: no layer falls below the "
+                        f"density of {DENSE_FROM} from which it stays dense. Raise --sparsity.")
+    return masks
+
+
+def snip_densities(model: VisionModel, weights: Mapping[str, nn.Parameter], images: Tensor,
+                   labels: Tensor, density: float) -> dict[str, float]:
+    """Share of each layer that SNIP keeps, which is all that SLaK takes from it."""
+    masks = snip_masks(model, weights, images, labels, density)
+    return {name: mask.double().mean().item() for name, mask in masks.items()}
+
+
+def snip_masks(model: VisionModel, weights: Mapping[str, nn.Parameter], images: Tensor,
+               labels: Tensor, density: float) -> dict[str, Tensor]:
+    """The weights whose score |weight * gradient of the cross-entropy| is above the one that
+    int(density * all) of them reach (SNIP, Lee et al. 2019, arXiv 1810.02340).
+
+    `images` (N, 3, H, W) and hard `labels` (N,) are one batch, not mixed. The gradient is that of a
+    copy in training mode; `model` is left as it is.
+    """
+    copied = copy.deepcopy(model).train()
+    parameters = dict(copied.named_parameters())
+    chosen = [parameters[name] for name in weights]
+    loss = F.cross_entropy(copied(images), labels)
+    grads = torch.autograd.grad(loss, chosen, materialize_grads=True)  # zeros where none
+    scores = {name: (weight.detach() * grad).abs()
+              for name, weight, grad in zip(weights, chosen, grads)}
+    everything = torch.cat([score.flatten() for score in scores.values()])
+    rank = max(1, int(len(everything) * density))
+    threshold = everything.kthvalue(len(everything) - rank + 1).values
+    if not 0 < threshold < math.inf:
+        raise UserError(f"SNIP cannot choose {density:.1%} of the weights: only "
+                        f"{(everything > 0).double().mean():.1%} get a gradient at the start. Use "
+                        "--sparse-init erk.")
+    return {name: score > threshold for name, score in scores.items()}  # strictly, as published
+
+
+def erk_densities(shapes: Mapping[str, Sequence[int]], density: float) -> dict[str, float]:
+    """Erdos-Renyi-Kernel: in proportion to (sum of dimensions) / (their product), at most 1, scaled
+    so that `density` of all weights live (Evci et al. 2020, arXiv 1911.11134)."""
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    ratios = {name: sum(shape) / math.prod(shape) for name, shape in shapes.items()}
+    dense: set[str] = set()
+    while len(dense) < len(sizes):
+        rest = [name for name in sizes if name not in dense]
+        wanted = density * sum(sizes.values()) - sum(sizes[name] for name in dense)
+        scale = wanted / sum(ratios[name] * sizes[name] for name in rest)
+        largest = max(ratios[name] for name in rest)
+        if scale * largest <= 1:
+            return {name: 1.0 if name in dense else scale * ratios[name] for name in sizes}
+        # Only the densest at a time: it takes from what the others may have.
+        dense |= {name for name in rest if ratios[name] == largest}
+    return dict.fromkeys(sizes, 1.0)
+
+
+def draw_masks(shapes: Mapping[str, Sequence[int]], densities: Mapping[str, float],
+               seed: int) -> dict[str, Tensor]:
+    """Per layer round(density * size) weights chosen at random."""
+    masks = {}
+    for index, (name, shape) in enumerate(shapes.items()):
+        size = math.prod(shape)
+        order = torch.randperm(size, generator=generator(seed, "mask", index))
+        mask = torch.zeros(size, dtype=torch.bool)
+        mask[order[:round(densities[name] * size)]] = True
+        masks[name] = mask.view(*shape)
+    return masks
 
 
 def magnitude_prune(weight: Tensor, mask: Tensor, rate: float) -> Tensor:
@@ -36,16 +190,17 @@ def magnitude_prune(weight: Tensor, mask: Tensor, rate: float) -> Tensor:
 
 def gradient_growth(mask: Tensor, grad: Tensor, count: int) -> Tensor:
     """`mask` with exactly the `count` largest |grad| of what it leaves out (RigL)."""
-    return _grown(mask.bool(), grad.abs(), count).to(mask.dtype)
+    kept = mask.bool()
+    return _grow(kept, grad.abs(), count, just_pruned=torch.zeros_like(kept)).to(mask.dtype)
 
 
-def _grown(kept: Tensor, score: Tensor, count: int, just_pruned: Tensor | None = None) -> Tensor:
+def _grow(kept: Tensor, score: Tensor, count: int, just_pruned: Tensor) -> Tensor:
     """`kept` and the `count` free places of the highest score; those just pruned come back only
     where nothing else is left."""
     free = ~kept
     if not 0 <= count <= int(free.sum()):
         raise UserError(f"cannot grow {count} weights: {int(free.sum())} are masked.")
-    fresh = free if just_pruned is None else free & ~just_pruned
+    fresh = free & ~just_pruned
     num_fresh = min(count, int(fresh.sum()))
     grown = kept | _highest(score, fresh, num_fresh)
     return grown | _highest(score, free & ~fresh, count - num_fresh)
@@ -99,35 +254,40 @@ class SparseMask:
         `init`: see `starting_masks`. `density`: share of the weights to keep. `first_batch` returns
         images (N, 3, H, W) and labels (N,); it is called on the first process, if at all.
         """
-        masks = starting_masks(self.model, self.weights, init=init, density=density,
-                               first_batch=first_batch, seed=self.seed) if is_main() else {}
-        names = broadcast_object(list(masks))
-        self._set_masks({name: masks.get(name) for name in names})
-        for mask in self.masks.values():
+        masks = {}
+        if is_main():
+            masks = starting_masks(self.model, self.weights, init=init, density=density,
+                                   first_batch=first_batch, seed=self.seed)
+        for name in broadcast_object(list(masks)):
+            mask = torch.ones_like(self.weights[name], dtype=torch.bool)
+            if name in masks:
+                mask.copy_(masks[name])
             broadcast(mask)
-        self._count()
-        self.hold()
+            masks[name] = mask
+        self._set_masks(masks)
+        self.apply_masks()
 
     def step(self, step: int) -> None:
         """Called after the optimizer made update `step`, counted from 1, by all processes."""
         self.prune_rate = self.prune_rate_at(step)
-        self.hold()
+        self.apply_masks()
         if self._is_due(step):
             for index, name in enumerate(self.masks):
-                self._change(name, index, step)
+                self._prune_and_grow(name, index, step)
             self.num_changes, self.changed_at = self.num_changes + 1, step
 
-    @torch.no_grad()
-    def hold(self) -> None:
+    def apply_masks(self) -> None:
         """Zero the masked weights and what the optimizer remembers of them."""
         for name, mask in self.masks.items():
-            self._zero_outside(name, mask, moments=self.growth != "momentum")
+            self._zero_outside(name, mask)
 
-    def _zero_outside(self, name: str, mask: Tensor, moments: bool) -> None:
+    @torch.no_grad()
+    def _zero_outside(self, name: str, mask: Tensor) -> None:
         weight, factor = self.weights[name], mask.view(torch.uint8)  # faster to multiply by
         weight.mul_(factor)
-        for moment in self._moments(weight) if moments else ():
-            moment.mul_(factor)
+        if self.growth != "momentum":
+            for moment in self._moments(weight):
+                moment.mul_(factor)
 
     def _moments(self, weight: nn.Parameter) -> Iterable[Tensor]:
         """The optimizer's state of every element of `weight`."""
@@ -139,34 +299,36 @@ class SparseMask:
         """Whether a multiple of `prune_every` was reached since the last change. What overflowed
         ranks nothing, and the optimizer then skipped its update: the change waits for the next."""
         every = self.prune_every
-        if not every or step >= self.total_steps or step // every == self.changed_at // every:
+        if every == 0 or step >= self.total_steps or step // every == self.changed_at // every:
             return False
         weights = [self.weights[name] for name in self.masks]
+        if self.growth == "gradient":
+            return all(bool(weight.grad.isfinite().all()) for weight in weights)
         if self.growth == "momentum":
             return all(self.optimizer.state.get(weight, {}).get("step", 0) > 0
                        for weight in weights)
-        return self.growth == "random" or all(
-            bool(weight.grad.isfinite().all()) for weight in weights)
+        return True
 
     @torch.no_grad()
-    def _change(self, name: str, index: int, step: int) -> None:
-        """Prune and grow one layer: decided by the first process, done by all."""
+    def _prune_and_grow(self, name: str, index: int, step: int) -> None:
+        """Of one layer: decided by the first process, done by all."""
         weight, mask = self.weights[name], self.masks[name]
         kept, grown = mask.clone(), mask.clone()
         if is_main():
             kept.copy_(magnitude_prune(weight, mask, self.prune_rate))
             count = int(mask.sum()) - int(kept.sum())
             rng = generator(self.seed, "mask growth", step, index)
-            grown.copy_(_grown(kept, self._score(weight, rng), count, mask & ~kept))
+            grown.copy_(_grow(kept, self._score(weight, rng), count, mask & ~kept))
         broadcast(kept)
         broadcast(grown)
-        self._zero_outside(name, kept, moments=self.growth != "momentum")
+        self._zero_outside(name, kept)
         if self.growth == "momentum":
             for moment in self._moments(weight):
                 moment.masked_fill_(grown & ~kept, 0)
         mask.copy_(grown)
 
     def _score(self, weight: nn.Parameter, rng: torch.Generator) -> Tensor:
+        """What ranks the places where weights may grow, of the shape of `weight`."""
         if self.growth == "random":
             return torch.rand(weight.shape, generator=rng).to(weight.device)
         if self.growth == "gradient":
@@ -179,20 +341,24 @@ class SparseMask:
         """Share of all weights of two and four dimensions, masked layers or not, that live."""
         return 1 - self.num_masked / self.num_maskable
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """What the log shows."""
-        rate = {"prune_rate": self.prune_rate} if self.prune_every else {}
-        return {"density": self.density, **rate}
+        if self.prune_every == 0:
+            return {"density": self.density}
+        return {"density": self.density, "prune_rate": self.prune_rate}
 
     def describe(self) -> str:
-        num_changes = (self.total_steps - 1) // self.prune_every if self.prune_every else 0
+        num_live = self.num_maskable - self.num_masked
+        num_changes = 0
+        if self.prune_every > 0:
+            num_changes = (self.total_steps - 1) // self.prune_every
         change = f"they never change in {self.total_steps:,} updates"
-        if num_changes:
+        if num_changes > 0:
             change = (f"they change {num_changes:,} times, every {self.prune_every} updates, by a "
                       f"share of {self.prune_rate_at(0):g} -> {FINAL_PRUNE_RATE} ({self.growth} "
                       "growth)")
-        return (f"{len(self.masks)} layers masked, {self.num_maskable - self.num_masked:,} of "
-                f"{self.num_maskable:,} weights live (density {self.density:.4f}); {change}")
+        return (f"{len(self.masks)} layers masked, {num_live:,} of {self.num_maskable:,} weights "
+                f"live (density {self.density:.4f}); {change}")
 
     def state_dict(self) -> dict[str, Any]:
         """Masks at one bit per weight, and the counters."""
@@ -210,22 +376,16 @@ class SparseMask:
                 raise ValueError(f"its mask of {name} does not fit this network")
         self._set_masks({name: _unpack(bits, self.weights[name].shape)
                          for name, bits in state["masks"].items()})
-        self._count()
         if self.num_masked != state["num_masked"] or any(
                 self.weights[name][~mask].any() for name, mask in self.masks.items()):
             raise ValueError("its masks are not those of its weights")
         self.prune_rate = state["prune_rate"]
         self.num_changes, self.changed_at = state["num_changes"], state["changed_at"]
 
-    def _set_masks(self, masks: dict[str, Tensor | None]) -> None:
-        """Beside their weights, in the same memory layout; None is filled in later."""
-        self.masks = {name: torch.ones_like(self.weights[name], dtype=torch.bool)
-                      for name in masks}
-        for name, mask in masks.items():
-            if mask is not None:
-                self.masks[name].copy_(mask)
-
-    def _count(self) -> None:
+    def _set_masks(self, masks: Mapping[str, Tensor]) -> None:
+        """Copies, beside their weights and in the same memory layout."""
+        self.masks = {name: torch.empty_like(self.weights[name], dtype=torch.bool).copy_(mask)
+                      for name, mask in masks.items()}
         self.num_masked = sum(mask.numel() - int(mask.sum()) for mask in self.masks.values())
 
 
@@ -239,182 +399,3 @@ def _pack(mask: Tensor) -> Tensor:
 def _unpack(packed: Tensor, shape: torch.Size) -> Tensor:
     bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
     return bits.flatten()[:shape.numel()].bool().view(shape)
-
-
-def add_sparsity_flags(parser: ArgumentParser) -> None:
-    """The command line's words for SparseMask."""
-    group = parser.add_argument_group("sparse training of the student")
-    flag = group.add_argument
-    flag("--sparsity", type=float, default=0.0, help="share of the weights to mask, 0 = off")
-    flag("--sparse-init", choices=INITS, default="snip",
-         help="density of each layer, or the masks; erk where SNIP finds no gradient at the start")
-    flag("--sparse-layers", choices=LAYERS, default="all", help="which weights may be masked")
-    flag("--prune-rate", type=float, default=0.3, help="share of the live weights that moves first")
-    flag("--prune-every", type=int, default=100, help="updates between moves, 0 = static masks")
-    flag("--growth", choices=GROWTHS, default="random", help="where pruned weights move to")
-
-
-DENSE_FROM = 0.99  # a layer at this density or above is not masked at all, as published
-LAYERS = ("all", "large-kernel")
-INITS = ("snip", "snip-mask", "erk", "uniform", "weights")
-ZERO_TOLERANCE = 0.02  # between --sparsity and the share of zeros of a file that is continued
-
-
-def maskable(model: VisionModel, layers: str = "all") -> dict[str, nn.Parameter]:
-    """The weights that may be masked, by name: every trained one of two or four dimensions but for
-    those that the model exempts from decay (GRN's, tables of positions); with `large-kernel`, those
-    that it names as its large kernels only."""
-    if layers not in LAYERS:
-        raise UserError(f"--sparse-layers must be one of {', '.join(LAYERS)}; got {layers!r}.")
-    exempt = model.no_weight_decay()
-    weights = {name: weight for name, weight in model.named_parameters()
-               if weight.dim() in (2, 4) and weight.requires_grad and name not in exempt}
-    if layers == "all":
-        return weights
-    large = model.large_kernels()
-    if not large:
-        raise UserError(f"--sparse-layers large-kernel: {type(model).__name__} has no large "
-                        "kernels. Use --sparse-layers all.")
-    return {name: weight for name, weight in weights.items() if name in large}
-
-
-def starting_masks(model: VisionModel, weights: Mapping[str, nn.Parameter], *, init: str,
-                   density: float, first_batch: Callable[[], tuple[Tensor, Tensor]],
-                   seed: int) -> dict[str, Tensor]:
-    """Bool masks by name, of those among `weights` that are masked at all.
-
-    `snip`, `erk` and `uniform` settle the density of each layer; which of its weights live is then
-    drawn at random, the number exact. `snip-mask` keeps the weights that SNIP ranks highest.
-    `weights` keeps what is not zero, to continue a network that was trained sparse.
-    """
-    if init not in INITS:
-        raise UserError(f"--sparse-init must be one of {', '.join(INITS)}; got {init!r}.")
-    if not 0 < density < 1:
-        raise UserError(f"--sparsity must lie in (0, 1) to mask anything, got {1 - density:g}.")
-    _check_zeros(weights, init, density)
-    if init == "weights":
-        masks = {name: weight.detach() != 0 for name, weight in weights.items()}
-    elif init == "snip-mask":
-        torch.manual_seed(fold_seed(seed, "snip"))
-        scores = snip_scores(model, weights, *first_batch())
-        threshold = snip_threshold(scores, density)
-        masks = {name: score > threshold for name, score in scores.items()}
-    else:
-        shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
-        if init == "snip":
-            torch.manual_seed(fold_seed(seed, "snip"))
-            densities = snip_densities(model, *first_batch(), density, names=list(weights))
-        elif init == "erk":
-            densities = erk_densities(shapes, density)
-        else:
-            densities = dict.fromkeys(shapes, density)
-        masks = draw_masks(shapes, densities, seed)
-    return _without_dense_layers(masks, init, density)
-
-
-def _without_dense_layers(masks: dict[str, Tensor], init: str, density: float
-                          ) -> dict[str, Tensor]:
-    """Those that mask enough to be kept. Raises UserError where a layer is wholly masked, or none
-    is masked."""
-    counts = {name: int(mask.sum()) for name, mask in masks.items()}
-    empty = [name for name, count in counts.items() if count == 0]
-    if empty:
-        raise UserError(f"--sparsity {1 - density:g} with --sparse-init {init} leaves {len(empty)} "
-                        f"layer(s) without a weight, {empty[0]} the first, and they would stay so. "
-                        "Lower --sparsity, or use --sparse-init erk.")
-    masks = {name: mask for name, mask in masks.items()
-             if counts[name] < DENSE_FROM * mask.numel()}
-    if not masks:
-        raise UserError(f"--sparsity {1 - density:g} masks nothing: no layer falls below the "
-                        f"density of {DENSE_FROM} from which it stays dense. Raise --sparsity.")
-    return masks
-
-
-def _check_zeros(weights: Mapping[str, nn.Parameter], init: str, density: float) -> None:
-    """A network that was trained sparse must not be masked anew, nor a dense one be taken for
-    sparse."""
-    zeros = {name: int((weight == 0).sum()) for name, weight in weights.items()}
-    total = sum(weight.numel() for weight in weights.values())
-    share = sum(zeros.values()) / total
-    # A layer of nothing but zeros is one that starts at zero, as the heads of Transformers do.
-    is_sparse = 0.05 * total < sum(number for name, number in zeros.items()
-                                   if number < weights[name].numel())
-    if init != "weights" and is_sparse:
-        raise UserError(f"{share:.1%} of the weights are zero already, as of a network that was "
-                        f"trained sparse, and --sparse-init {init} would zero others at random. "
-                        "Continue it with --sparse-init weights.")
-    if init == "weights" and abs(share - (1 - density)) > ZERO_TOLERANCE:
-        raise UserError(f"--sparse-init weights keeps the zeros of --student-weights, which are "
-                        f"{share:.1%} of its weights, but --sparsity is {1 - density:g}. "
-                        + (f"To go on with that, pass --sparsity {share:.3f}." if is_sparse else
-                           "That network is dense; mask it with --sparse-init snip or erk."))
-
-
-def snip_densities(model: VisionModel, images: Tensor, labels: Tensor, density: float,
-                   names: Sequence[str] | None = None) -> dict[str, float]:
-    """Share of each layer's weights whose SNIP score is above the one that int(density * all) of
-    them reach (Lee et al. 2019, arXiv 1810.02340; of which SLaK takes the densities only).
-
-    `images` (N, 3, H, W) and hard `labels` (N,) are one batch, not mixed. `names`: the layers; by
-    default all that may be masked. `model` is left as it is.
-    """
-    weights = maskable(model)
-    weights = {name: weights[name] for name in names or weights}
-    scores = snip_scores(model, weights, images, labels)
-    threshold = snip_threshold(scores, density)
-    return {name: (score > threshold).double().mean().item() for name, score in scores.items()}
-
-
-def snip_scores(model: VisionModel, weights: Mapping[str, nn.Parameter], images: Tensor,
-                labels: Tensor) -> dict[str, Tensor]:
-    """|weight * gradient of the cross-entropy|, from a copy of `model` in training mode."""
-    copied = copy.deepcopy(model).train()
-    parameters = dict(copied.named_parameters())
-    chosen = [parameters[name] for name in weights]
-    loss = F.cross_entropy(copied(images), labels)
-    grads = torch.autograd.grad(loss, chosen, materialize_grads=True)  # zeros where none
-    return {name: (weight.detach() * grad).abs()
-            for name, weight, grad in zip(weights, chosen, grads)}
-
-
-def snip_threshold(scores: Mapping[str, Tensor], density: float) -> Tensor:
-    """The int(density * all)-th largest score; what lives is strictly above it, as published."""
-    everything = torch.cat([score.flatten() for score in scores.values()])
-    rank = max(1, int(len(everything) * density))
-    threshold = everything.kthvalue(len(everything) - rank + 1).values
-    if not 0 < threshold < float("inf"):
-        raise UserError(f"SNIP cannot choose {density:.1%} of the weights: only "
-                        f"{(everything > 0).double().mean():.1%} get a gradient at the start. Use "
-                        "--sparse-init erk.")
-    return threshold
-
-
-def erk_densities(shapes: Mapping[str, Sequence[int]], density: float) -> dict[str, float]:
-    """Erdos-Renyi-Kernel: in proportion to (sum of dimensions) / (their product), at most 1, scaled
-    so that `density` of all weights live (Evci et al. 2020, arXiv 1911.11134)."""
-    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-    ratios = {name: sum(shape) / math.prod(shape) for name, shape in shapes.items()}
-    dense: set[str] = set()
-    while len(dense) < len(sizes):
-        rest = [name for name in sizes if name not in dense]
-        wanted = density * sum(sizes.values()) - sum(sizes[name] for name in dense)
-        scale = wanted / sum(ratios[name] * sizes[name] for name in rest)
-        over = {name for name in rest if scale * ratios[name] > 1}
-        if not over:
-            return {name: 1.0 if name in dense else scale * ratios[name] for name in sizes}
-        # Only the densest at a time: it takes from what the others may have.
-        dense |= {name for name in over if ratios[name] == max(ratios[name] for name in over)}
-    return dict.fromkeys(sizes, 1.0)
-
-
-def draw_masks(shapes: Mapping[str, Sequence[int]], densities: Mapping[str, float],
-               seed: int) -> dict[str, Tensor]:
-    """Per layer round(density * size) weights chosen at random."""
-    masks = {}
-    for index, (name, shape) in enumerate(shapes.items()):
-        size = math.prod(shape)
-        order = torch.randperm(size, generator=generator(seed, "mask", index))
-        mask = torch.zeros(size, dtype=torch.bool)
-        mask[order[:round(densities[name] * size)]] = True
-        masks[name] = mask.view(*shape)
-    return masks

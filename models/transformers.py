@@ -18,7 +18,7 @@ from models.base import (
     register_model,
 )
 from models.layers import check_drop_path
-from models.weights import renamed
+from models.weights import rename_keys
 from utils.registry import UserError
 
 # The names of its authors' files, which timm took over. There the down-sampling of stage i sits at
@@ -61,12 +61,12 @@ class Swin(VisionModel, SwinTransformer):
         features = [feature.permute(0, 3, 1, 2) for feature in features]
         return ModelOutput(self.head(features[-1].mean((2, 3))), features)
 
-    def translated(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    def convert_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Takes the names of its authors and of timm, too."""
         shift = 0 if any(name.startswith("layers.0.downsample") for name in state) else -1
         down = [(rf"layers\.{i}\.downsample\.(.*)", rf"features.{2 * (i + shift) + 2}.\1")
                 for i in range(len(self.feature_info))]
-        return renamed(state, [*SWIN_NAMES, *down])
+        return rename_keys(state, [*SWIN_NAMES, *down])
 
     def no_weight_decay(self) -> set[str]:
         """Tables of relative positions, as its authors train it."""
@@ -113,6 +113,8 @@ class ViT(VisionModel, VisionTransformer):
     folded into the queries when such a file is loaded.
     """
 
+    fixed_size = True
+
     def __init__(self, num_classes: int = 1000, dim: int = 768, depth: int = 12,
                  num_heads: int = 12, image_size: int = 224, mlp_ratio: int = 4,
                  input_norm: str = "imagenet", norm_eps: float = 1e-6,
@@ -144,9 +146,9 @@ class ViT(VisionModel, VisionTransformer):
         feature = tokens[:, 1:].transpose(1, 2).unflatten(2, (side, side))  # (N, C, side, side)
         return ModelOutput(self.heads(tokens[:, 0]), [feature])
 
-    def translated(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    def convert_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Takes the names of DeiT and timm, too; a missing bias of queries, keys, values is 0."""
-        result = renamed(state, VIT_NAMES)
+        result = rename_keys(state, VIT_NAMES)
         if "pos_embed" not in state:
             return result
         patches = result.get("conv_proj.weight")

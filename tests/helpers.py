@@ -9,6 +9,7 @@ from torch import nn
 
 import engine
 import losses
+from data.batch import Batch
 from models.base import IMAGENET_MEAN, IMAGENET_STD
 from models.distiller import Distiller, FrozenTeacher
 from models.slak import SLaK
@@ -67,28 +68,32 @@ def make_state(student: nn.Module, loss_specs: dict[str, dict], teacher: FrozenT
                *, lr: float = 1e-3, ema: bool = False, fp16_scaler: bool = False
                ) -> engine.TrainState:
     """A TrainState as train_kd builds it; `loss_specs`: name -> options."""
-    modules = {name: losses.create_loss(name, student.feature_info,
-                                        teacher and teacher.feature_info, **options)
+    teacher_info = None if teacher is None else teacher.feature_info
+    modules = {name: losses.create_loss(name, student.feature_info, teacher_info, **options)
                for name, options in loss_specs.items()}
     distiller = Distiller(student, modules, dict.fromkeys(modules, 1.0))
     distiller.to(memory_format=torch.channels_last)
-    groups = optim.parameter_groups(distiller, 0.05)
-    return engine.TrainState(
-        distiller=distiller, wrapped=distiller, ema=ModelEma(student, 0.9) if ema else None,
-        optimizer=optim.build_adamw(groups, lr=lr, betas=(0.9, 0.999), eps=1e-8),
-        scaler=torch.amp.GradScaler("cpu", enabled=fp16_scaler))
+    optimizer = optim.build_adamw(optim.parameter_groups(distiller, 0.05), lr=lr,
+                                  betas=(0.9, 0.999), eps=1e-8)
+    return engine.build_state(distiller, optimizer, device=torch.device("cpu"),
+                              amp_dtype=torch.float16 if fp16_scaler else None,
+                              ema=ModelEma(student, 0.9) if ema else None)
 
 
 def no_mix(images: torch.Tensor, labels: torch.Tensor, seed: int) -> tuple:
     return images, labels
 
 
-def make_batches(number: int, size: int = 4, pixels: int = 64) -> list[tuple]:
+def make_batches(number: int, size: int = 4, pixels: int = 64) -> list[Batch]:
     """What a loader gives, seeded."""
     rng = torch.Generator().manual_seed(1)
-    return [(torch.randn(size, 3, pixels, pixels, generator=rng),
-             torch.randint(0, 10, (size,), generator=rng), torch.arange(size))
-            for _ in range(number)]
+    return [make_batch(torch.randn(size, 3, pixels, pixels, generator=rng),
+                       torch.randint(0, 10, (size,), generator=rng)) for _ in range(number)]
+
+
+def make_batch(images: torch.Tensor, labels: torch.Tensor) -> Batch:
+    return Batch(images, labels, torch.arange(len(labels)),
+                 torch.ones(len(labels), dtype=torch.bool))
 
 
 def make_teacher() -> FrozenTeacher:

@@ -31,7 +31,7 @@ BASE = ["--data-set", "outlines", "train_size=40", "val_size=8", "--input-size",
         "--num-workers", "0", "--lr", "1e-3", "--aa", "none"]
 ALONE = ["--teacher", "none", "--student", "resnet_nano"]
 TAUGHT = ["--teacher", "slak_nano", "--teacher-weights", "random", "--student", "resnet_nano"]
-FOLDER = ["--data-set", "imagefolder", "--data-path", "pictures", "--input-size", "32",
+FOLDER = ["--data-set", "imagefolder", "--data-path", "images", "--input-size", "32",
           "--batch-size", "4", "--effective-batch", "4", "--mixup", "0", "--cutmix", "0", *ALONE]
 
 
@@ -126,7 +126,7 @@ WORDS = {
     "stray word": (["resnet50"], ("resnet50",)),
     "flag without value": (["--student"], ("--student", "argument")),
     "config without value": (["--config"], ("--config", "argument")),
-    "ill-typed flag": (["--epochs", "ten"], ("--epochs", "'ten'", "int")),
+    "ill-typed flag": (["--epochs", "ten"], ("--epochs", "'ten'", "whole number")),
     "unknown choice": (["--amp", "fp8"], ("--amp", "fp8", "bf16", "fp16")),
     "no epochs": (["--epochs", "0"], ("--epochs", "at least 1", "got 0")),
     "negative lr": (["--lr=-1"], ("--lr", "got -1")),
@@ -271,15 +271,15 @@ def test_teacher_weights_that_do_not_load(case, runner):
 RECIPES = {
     "unknown key": ("epochs: 2\nlearning-rte: 1\nsmothing: 0\n", ("'learning-rte'",)),
     "near key": ("smothing: 0\n", ("'smothing'", "Did you mean 'smoothing'")),
-    "wrong type": ("epochs: ten\n", ("epochs", "ten", "int")),
-    "float for int": ("epochs: 1.5\n", ("epochs", "1.5", "int")),
+    "wrong type": ("epochs: ten\n", ("epochs", "ten", "whole number")),
+    "float for int": ("epochs: 1.5\n", ("epochs", "1.5", "whole number")),
     "not boolean": ("model-ema: 1\n", ("model-ema", "true or false", "got 1")),
-    "wrong number": ("opt-betas: [0.9]\n", ("opt-betas", "2 values")),
+    "wrong number": ("opt-betas: [0.9]\n", ("opt-betas", "expected 2")),
     "wrong choice": ("amp: fp8\n", ("amp", "fp8", "bf16")),
-    "no number": ("epochs:\n", ("epochs", "a whole number", "300")),
-    "null": ("smoothing: null\n", ("smoothing", "number")),
+    "no number": ("epochs:\n", ("epochs", "a value", "300")),
+    "null": ("smoothing: null\n", ("smoothing", "a value", "0.1")),
     "unknown loss": ("loss: nkdd\n", ("'nkdd'", "nkd")),
-    "mapping": ("lr: {start: 1}\n", ("lr", "float")),
+    "mapping": ("lr: {start: 1}\n", ("lr", "a value", "'start'")),
     "not YAML": ("epochs: [1, 2\nlr: 3\n", ("YAML",)),
     "binary": (b"\xff\xfe\x00\x80", ("YAML",)),
     "list": ("- epochs: 2\n", ("mapping",)),
@@ -306,21 +306,21 @@ def test_recipe_that_is_not_there(runner):
     runner.refused("--config", "recipe.yaml", telling=("--config", "recipe.yaml"))
 
 
-# Folders of pictures
+# Folders of images
 
 
-def picture(path: Path, seed: int = 0) -> None:
+def write_image(path: Path, seed: int = 0) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 255, (36, 34, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path)
 
 
-def pictures(root: Path, num_train: int = 4, num_val: int = 3, classes: tuple = ("ant", "bee")
+def write_images(root: Path, num_train: int = 4, num_val: int = 3, classes: tuple = ("ant", "bee")
              ) -> Path:
     for split, number in (("train", num_train), ("val", num_val)):
         for name in classes:
             for i in range(number):
-                picture(root / split / name / f"{i}.jpg", i)
+                write_image(root / split / name / f"{i}.jpg", i)
     return root
 
 
@@ -335,7 +335,7 @@ def other_classes(root: Path) -> None:
 def no_class_folders(root: Path) -> None:
     for name in ("ant", "bee"):
         shutil.rmtree(root / "train" / name)
-    picture(root / "train" / "0.jpg")
+    write_image(root / "train" / "0.jpg")
 
 
 def empty_class(split: str):
@@ -343,18 +343,18 @@ def empty_class(split: str):
         (root / split / "cat").mkdir()
         (root / split / "cat" / "notes.txt").write_text("none yet")
         other = root / {"train": "val", "val": "train"}[split]
-        picture(other / "cat" / "0.jpg")
+        write_image(other / "cat" / "0.jpg")
     return change
 
 
 FOLDERS = {
-    "missing": (drop(), ("pictures", "--data-path", "train/ and val/")),
-    "no train": (drop("train"), ("pictures/train", "--data-path")),
-    "no val": (drop("val"), ("pictures/val", "--data-path")),
-    "a file": (lambda root: (shutil.rmtree(root), root.touch()), ("pictures", "--data-path")),
-    "no class folders": (no_class_folders, ("pictures/train", "no class folders", "<class>")),
-    "empty class": (empty_class("train"), ("pictures/train", "1 class", "cat", "Fill or remove")),
-    "empty class of val": (empty_class("val"), ("pictures/val", "1 class", "cat")),
+    "missing": (drop(), ("images", "--data-path", "train/ and val/")),
+    "no train": (drop("train"), ("images/train", "--data-path")),
+    "no val": (drop("val"), ("images/val", "--data-path")),
+    "a file": (lambda root: (shutil.rmtree(root), root.touch()), ("images", "--data-path")),
+    "no class folders": (no_class_folders, ("images/train", "no class folders", "<class>")),
+    "empty class": (empty_class("train"), ("images/train", "1 class", "cat", "Fill or remove")),
+    "empty class of val": (empty_class("val"), ("images/val", "1 class", "cat")),
     "class only in val": (drop("train", "bee"), ("1 classes", "only in val: bee")),
     "other class": (other_classes, ("differ", "only in train: bee", "only in val: wasp")),
 }
@@ -363,14 +363,14 @@ FOLDERS = {
 @pytest.mark.parametrize("case", FOLDERS)
 def test_folders(case, runner):
     change, telling = FOLDERS[case]
-    change(pictures(runner.folder / "pictures"))
+    change(write_images(runner.folder / "images"))
     runner.refused(*FOLDER, telling=telling)
 
 
 def test_no_data_path(runner):
     for name in ("imagefolder", "cifar100"):
         runner.refused(*ALONE, "--data-set", name, telling=(f"--data-set {name}", "--data-path"))
-    runner.refused(*ALONE, "--data-path", "pictures", telling=("outlines", "--data-path pictures"))
+    runner.refused(*ALONE, "--data-path", "images", telling=("outlines", "--data-path images"))
 
 
 def test_cifar_offline(runner, monkeypatch):
@@ -397,16 +397,16 @@ SPOILT = {"truncated": "ant/0.jpg", "text": "ant/1.jpg", "empty": "bee/2.jpg"}
 
 @pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize("how, workers", [("truncated", 0), ("text", 2), ("empty", 0)])
-def test_an_unreadable_picture_stops_the_run_with_its_name(how, workers, split, runner):
-    root = pictures(runner.folder / "pictures")
+def test_an_unreadable_image_stops_the_run_with_its_name(how, workers, split, runner):
+    root = write_images(runner.folder / "images")
     spoil(root / split / "ant" / "1.jpg", how)
     runner.fails(*FOLDER, "--num-workers", workers, "--epochs", "1", telling=(
-        f"pictures/{split}/ant/1.jpg", "Repair or remove", "--skip-bad-images"))
+        f"images/{split}/ant/1.jpg", "Repair or remove", "--skip-bad-images"))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_skipped_pictures_are_named_once_and_not_counted(workers, runner):
-    root = pictures(runner.folder / "pictures")
+def test_skipped_images_are_named_once_and_not_counted(workers, runner):
+    root = write_images(runner.folder / "images")
     for how, name in SPOILT.items():
         spoil(root / "train" / name, how)
         spoil(root / "val" / name, how)
@@ -415,16 +415,16 @@ def test_skipped_pictures_are_named_once_and_not_counted(workers, runner):
     printed = runner.capsys.readouterr().err
     for split in ("train", "val"):
         for name in SPOILT.values():
-            assert printed.count(f"cannot read the picture pictures/{split}/{name}") == 1
-        assert printed.count(f"cannot read the picture pictures/{split}") == 3
+            assert printed.count(f"cannot read the image images/{split}/{name}") == 1
+        assert printed.count(f"cannot read the image images/{split}") == 3
     assert "skipped, 3 so far" in printed
     (run,) = (runner.folder / "runs").iterdir()
     assert runner.evaluate("--checkpoint", str(run / "checkpoint-last.pth"), "--data-path",
-                           "pictures", *words, "--predictions", "seen.npz") == 0
+                           "images", *words, "--predictions", "seen.npz") == 0
     printed = runner.capsys.readouterr().out
-    assert printed.split("top-1")[0].split()[-1] == "3"  # 6 pictures, 3 of them readable
+    assert printed.split("top-1")[0].split()[-1] == "3"  # 6 images, 3 of them readable
     seen = np.load("seen.npz")
-    assert [str(name).removeprefix("pictures/val/") for name in seen["name"]] == [
+    assert [str(name).removeprefix("images/val/") for name in seen["name"]] == [
         "ant/2.jpg", "bee/0.jpg", "bee/1.jpg"]
     accuracy = 100 * np.mean(seen["top5"][:, 0] == seen["label"])
     assert f"{accuracy:.2f} %" in printed and accuracy > 0
@@ -435,12 +435,12 @@ def test_skipped_pictures_are_named_once_and_not_counted(workers, runner):
 
 @pytest.mark.parametrize("words", [[], ["--skip-bad-images"]])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_no_picture_can_be_read(words, workers, runner):
-    root = pictures(runner.folder / "pictures")
+def test_no_image_can_be_read(words, workers, runner):
+    root = write_images(runner.folder / "images")
     for path in (root / "train").rglob("*.jpg"):
         spoil(path, "text")
     message = runner.fails(*FOLDER, *words, "--num-workers", workers,
-                           telling=("none of the 8 pictures", "pictures/train/ant/0.jpg"))
+                           telling=("none of the 8 images", "images/train/ant/0.jpg"))
     assert len(message.strip().splitlines()) == 1
 
 
@@ -707,7 +707,7 @@ EVAL = {
     "other classes": (["--model", "resnet_nano", "--weights", "own.pth"],
                       ("own.pth", "(10, 128) instead of (1000, 128)", "--num-classes")),
     "other data": (["--checkpoint", "own.pth", "--data-set", "imagefolder", "--data-path",
-                    "pictures"], ("2 classes", "10", "data set it was trained for")),
+                    "images"], ("2 classes", "10", "data set it was trained for")),
     "no such data": (["--checkpoint", "own.pth", "--data-set", "imagefolder", "--data-path", "x"],
                      ("x/val", "--data-path")),
     "input size": (["--checkpoint", "own.pth", "--input-size", "-1"], ("--input-size", "-1")),
@@ -723,17 +723,17 @@ def test_evaluation(case, old_run, runner):
     torch.save(load_file(own)["model"], "bare.pth")
     Path("text.pth").write_text("checkpoint")
     Path("d.npz").mkdir()
-    pictures(Path("pictures"), 1, 1)
+    write_images(Path("images"), 1, 1)
     runner.refused(*words, telling=telling, program="evaluate")
 
 
-def test_evaluation_stops_at_an_unreadable_picture(runner, tmp_path):
-    root = pictures(tmp_path / "pictures")
+def test_evaluation_stops_at_an_unreadable_image(runner, tmp_path):
+    root = write_images(tmp_path / "images")
     spoil(root / "val" / "bee" / "2.jpg", "truncated")
     write_weights(tmp_path / "own.pth", "resnet_nano", num_classes=2)
     runner.fails("--model", "resnet_nano", "--weights", "own.pth", "--num-classes", "2",
-                 "--data-path", "pictures", "--input-size", "32", program="evaluate",
-                 telling=("pictures/val/bee/2.jpg", "--skip-bad-images"))
+                 "--data-path", "images", "--input-size", "32", program="evaluate",
+                 telling=("images/val/bee/2.jpg", "--skip-bad-images"))
 
 
 def test_predictions_that_cannot_be_written(old_run, runner, monkeypatch):
@@ -752,7 +752,7 @@ def test_late_and_written_are_noticed(runner, monkeypatch):
     with pytest.raises(pytest.fail.Exception, match="only when training had begun"):
         runner.refused(*ALONE, telling=())
     (runner.folder / "notes").write_text("before")
-    monkeypatch.setattr(train_kd, "run", lambda args: (runner.folder / "notes").write_text("after"))
-    monkeypatch.setattr(runner, "fails", lambda *words, **kwargs: runner.train(*words))
+    monkeypatch.setattr(runner, "fails", lambda *words, **kwargs:
+                        (runner.folder / "notes").write_text("after"))
     with pytest.raises(AssertionError):
         runner.refused(*ALONE, telling=())

@@ -3,7 +3,8 @@ import pytest
 import torch
 from PIL import Image
 
-from analysis.benchmark.loader import STAGES, TorchvisionSamples, measure, photographs, table
+from analysis.benchmark.common import table
+from analysis.benchmark.loader import COLUMNS, STAGES, TorchvisionSamples, measure, photographs
 from data.batch import BatchTransform, collate
 from data.datasets import create_dataset
 from data.loader import Samples
@@ -31,7 +32,7 @@ def test_one_row_per_pipeline(tmp_path):
         assert row["ratio_with_device_share"] <= row["ratio"]
     assert rows[0]["ratio"] == rows[0]["ratio_with_device_share"] == 1 and rows[0]["device"] == 0
     assert all(row["device"] > 0 for row in rows[1:])
-    lines = table(rows).splitlines()
+    lines = table(rows, COLUMNS).splitlines()
     assert len(lines) == 5 and lines[2].startswith("| torchvision |")
     assert torch.get_num_threads() == threads and Image.core.get_blocks_max() == 0
 
@@ -49,10 +50,10 @@ def test_the_pipelines_do_the_same(tmp_path):
     theirs.to_tensor.transforms[-1].p = 0
     source = create_dataset("imagefolder", "val", str(tmp_path))
     ours = Samples(source, train_transform(40, random_erasing_prob=0), seed=0)
-    prepare = BatchTransform((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    to_images = BatchTransform((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     for epoch in range(3):
         expected = torch.stack([theirs[epoch, index][0] for index in range(4)])
-        images = prepare(collate([ours[epoch, index] for index in range(4)])[0])
+        images = to_images(collate([ours[epoch, index] for index in range(4)]).images)
         torch.testing.assert_close(images, expected, rtol=0, atol=1e-6)
 
 

@@ -6,17 +6,15 @@ import statistics
 import pytest
 import torch
 
-from analysis.bench_branches import Shape, shapes_of
 from analysis.benchmark import common
 from analysis.benchmark.__main__ import COMMANDS, main
-from analysis.benchmark.common import Stopwatch, ceilings, markdown_table, time_interleaved
-from analysis.benchmark.masking import masking_table
-from analysis.benchmark.published import PublishedSLaK
-from analysis.benchmark.step import PHASES, build_steps, lapped
-from analysis.complexity import count_macs
+from analysis.benchmark.common import Stopwatch, ceilings, table, time_interleaved
+from analysis.benchmark.masking import COLUMNS, rows_of
+from analysis.benchmark.operator import Shape, shapes_of
+from analysis.benchmark.published import Branches
+from analysis.benchmark.step import METRICS, PHASES, build_networks, build_steps, lapped
 from models import create_model
 from models.large_kernel.operator import LargeKernelModule
-from tests.helpers import make_options
 from tests.test_bench_loader import make_photographs
 
 MASKING = ["masking", "--model", "slak_pico", "--input-size", "16", "--batch-size", "2"]
@@ -30,12 +28,12 @@ STEP = ["step", "--input-size", "32", "--batch-size", "2"]
 def _small_ceilings(monkeypatch):
     monkeypatch.setitem(common.COPY_BYTES, "cpu", 2 ** 20)
     monkeypatch.setitem(common.MATRIX_EDGE, "cpu", 64)
-    monkeypatch.setattr("analysis.benchmark.operator.SHORTEST", 1e-4)
+    monkeypatch.setattr(common, "SHORTEST", 1e-4)
 
 
 @pytest.fixture
 def run(tmp_path, capsys):
-    """words -> (what was printed, the figures)"""
+    """words -> (what was printed, the values)"""
     def run(words: list[str]) -> tuple[str, dict]:
         path = tmp_path / "out.json"
         assert main([*words, "--repeats", "2", "--json", str(path)]) == 0
@@ -54,19 +52,19 @@ def lines_of(printed: str) -> list[list[str]]:
 
 @pytest.mark.parametrize("words", [[], ["--amp", "bf16", "--growth", "gradient"]])
 def test_masking(words, run):
-    printed, figures = run([*MASKING, *words])
+    printed, values = run([*MASKING, *words])
     assert [line[0] for line in lines_of(printed)] == [
         "no masks", "masks", "masks that change", "mean at --prune-every 100"]
-    assert 0 < figures["bytes_per_weight"] <= 1
-    assert len(figures["masks"]) == 2 and figures["ratio"] > 0
+    assert 0 < values["bytes_per_weight"] <= 1
+    assert len(values["masks"]) == 2 and values["ratio"] > 0
 
 
 def test_the_mean_counts_the_change_once():
     seconds = {"no masks": [1.0], "masks": [2.0], "masks that change": [102.0]}
     seconds |= {f"gradients of {kind}": [9.0] for kind in list(seconds)}
-    table, ratio = masking_table(seconds, 100)
-    assert ratio == pytest.approx((9 + 3) / (9 + 1))
-    assert "| masks | 9.000 | 2.000 | 1.100 |" in table
+    rows = rows_of(seconds, 100)
+    assert rows[-1]["ratio"] == pytest.approx((9 + 3) / (9 + 1))
+    assert "| masks | 9.000 | 2.000 | 1.100 |" in table(rows, COLUMNS)
 
 
 # operator
@@ -86,47 +84,47 @@ def test_multiply_adds_leave_out_what_no_pixel_reaches():
     assert Shape(3, 4, 4, ((7, 3), (3, 51))).macs(2) == 2 * 3 * 16 * (7 * 3 + 3 * 7)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 0.02)])
+@pytest.mark.parametrize("dtype, tolerance", [("none", 1e-5), ("bf16", 0.02)])
 def test_operator(dtype, tolerance, run):
-    printed, figures = run([*OPERATOR, "--dtype", dtype])
-    rows = figures["rows"]
-    names = [row["implementation"] for row in rows]
-    assert {"published", "conv", "banded", "library"} <= set(names)
+    printed, values = run([*OPERATOR, "--dtype", dtype])
+    rows = values["rows"]
+    names = [row["backend"] for row in rows]
+    assert {"published", "conv", "banded", "torch"} <= set(names)
     assert [line[1].removesuffix(" (auto)") for line in lines_of(printed)] == names
     assert all(row["error"] <= tolerance for row in rows)
     assert "conv (auto)" in printed
     for row in rows:
         base = next(other for other in rows if other["stage"] == row["stage"])
-        assert base["implementation"] == "published" and base["error"] == 0
+        assert base["backend"] == "published" and base["error"] == 0
         for kind in ("forward", "backward"):
             assert row[f"{kind}_ratio"] == pytest.approx(base[f"{kind}_ms"] / row[f"{kind}_ms"])
             if row["stage"] != "all":
-                seconds = figures["seconds"][
-                    f"stage {row['stage']}, {row['implementation']}, {kind}"]
+                seconds = values["seconds"][
+                    f"stage {row['stage']}, {row['backend']}, {kind}"]
                 assert row[f"{kind}_ms"] == pytest.approx(1000 * statistics.median(seconds))
-    conv = [row for row in rows if row["implementation"] == "conv"]
+    conv = [row for row in rows if row["backend"] == "conv"]
     assert conv[-1]["stage"] == "all" and conv[-1]["blocks"] == 3
     assert conv[-1]["forward_ms"] == pytest.approx(
         conv[0]["forward_ms"] + 2 * conv[1]["forward_ms"])
     assert conv[0]["backward_macs"] == 3 * conv[0]["forward_macs"] > 0
     assert conv[0]["copy_share"] == pytest.approx(
-        2 * 2 * 48 * 64 * getattr(torch, dtype).itemsize / conv[0]["forward_ms"] / 1e6
-        / figures["copy_gb_per_second"])
+        2 * 2 * 48 * 64 * common.dtype_of(dtype).itemsize / conv[0]["forward_ms"] / 1e6
+        / values["copy_gb_per_second"])
 
 
 def test_operator_summed_at_one_shape(run):
-    printed, figures = run(["operator", "--only-sum", "--shape", "3", "8", "8", "--kernel", "9",
-                            "3", "--implementations", "banded", "conv", "--batch-size", "2"])
+    printed, values = run(["operator", "--only-sum", "--shape", "3", "8", "8", "--kernel", "9",
+                            "3", "--backends", "banded", "conv", "--batch-size", "2"])
     assert [line[:2] for line in lines_of(printed)] == [
         ["3 x 8 x 8, 9x3, 3x9", name] for name in ("published", "banded", "conv (auto)")]
-    row = figures["rows"][1]
+    row = values["rows"][1]
     assert row["backward_macs"] == 2 * row["forward_macs"] == 2 * 2 * 3 * 64 * 54
     assert row["error"] < 1e-5
 
 
 def test_operator_folded_model(run):
-    printed, figures = run([*OPERATOR, "--only-sum", "--implementations", "conv"])
-    assert [row["stage"] for row in figures["rows"]] == [1, 1, 2, 2, "all", "all"]
+    printed, values = run([*OPERATOR, "--only-sum", "--backends", "conv"])
+    assert [row["stage"] for row in values["rows"]] == [1, 1, 2, 2, "all", "all"]
     assert "folded, summed" in printed
 
 
@@ -134,22 +132,22 @@ def test_operator_folded_model(run):
 
 
 def test_teacher(run):
-    printed, figures = run(TEACHER)
-    rows = figures["rows"]
+    printed, values = run(TEACHER)
+    rows = values["rows"]
     ours = "ours, large kernels by conv"
     expected = [["slak_pico", "none", "published"], ["slak_pico", "none", ours],
                 ["slak_pico", "bf16", "published"], ["slak_pico", "bf16", ours],
                 ["resnet_nano", "none", "ours"], ["resnet_nano", "bf16", "ours"]]
     assert [[line[0], *line[2:4]] for line in lines_of(printed)] == expected
     for row, (name, precision, kind) in zip(rows, expected):
-        seconds = figures["seconds"][f"{precision}, {name}, {kind.split(',')[0]}"]
+        seconds = values["seconds"][f"{precision}, {name}, {kind.split(',')[0]}"]
         assert row["ms_per_image"] == pytest.approx(1000 * statistics.median(seconds) / 2)
         assert row["error"] < (1e-5 if precision == "none" else 0.1)
     for published, ours in (rows[:2], rows[2:4]):
         assert published["ratio"] == 1
         assert ours["ratio"] == pytest.approx(published["ms_per_image"] / ours["ms_per_image"])
     assert rows[0]["error"] == 0 and rows[4]["ratio"] is None
-    assert set(figures["ceilings"]) == {"none", "bf16"}
+    assert set(values["ceilings"]) == {"none", "bf16"}
 
 
 # step
@@ -161,31 +159,36 @@ def test_teacher(run):
      "--loss", "ce", "--amp", "bf16", "--accum-steps", "2"],
     ["--teacher", "none", "--student", "slak_pico", "--large-kernel", "banded"]])
 def test_step(words, run):
-    printed, figures = run([*STEP, *words])
-    published, ours = figures["rows"]
+    printed, values = run([*STEP, *words])
+    published, ours = values["rows"]
     assert [line[0] for line in lines_of(printed)] == ["published", "ours"]
     images = 4 if "--accum-steps" in words else 2
     for row in (published, ours):
-        assert row["seconds"] == statistics.median(figures["seconds"][row["step"]])
+        assert row["seconds"] == statistics.median(values["seconds"][row["step"]])
         assert row["images_per_second"] == pytest.approx(images / row["seconds"])
         assert row["ratio"] == pytest.approx(published["seconds"] / row["seconds"])
-    medians = {name: statistics.median(figures["seconds"][name]) for name in PHASES}
+    assert ("the teacher metrics" in printed) == (METRICS in values["seconds"]) == (
+        "none" not in words[:2])
+    medians = {name: statistics.median(values["seconds"][name]) for name in PHASES}
     for name in PHASES:
-        assert len(figures["seconds"][name]) == 2 and published[name] is None
+        assert len(values["seconds"][name]) == 2 and published[name] is None
         assert ours[name] == pytest.approx(medians[name] / sum(medians.values()))
         assert (ours[name] == 0) == (name == "teacher forward" and "none" in words)
 
 
 def test_the_steps_differ_as_they_say():
-    torch.manual_seed(0)
-    steps, macs = build_steps(
-        ["slak_pico", "layer_scale_init=0.5"], ["slak_pico"], [["nkd"]], batch_size=2,
-        input_size=32, implementation="banded", has_published=True, options=make_options())
-    assert macs == 4 * count_macs(create_model("slak_pico"), 32)
+    device = torch.device("cpu")
+    student, teacher, macs = build_networks(["slak_pico", "layer_scale_init=0.5"], ["slak_pico"],
+                                            32)
+    assert macs == 4 * create_model("slak_pico").count_macs(32)
+    steps = build_steps(student, teacher, [["nkd"]], common.random_batches(2, 32, 1000, device),
+                        common.step_options(device, "none"), has_published=True,
+                        backend="banded")
     published, ours = steps["published"], steps["ours"]
     assert published.options.memory_format == torch.contiguous_format
-    assert isinstance(published.state.distiller.student, PublishedSLaK)
     students = [step.state.distiller.student for step in (published, ours)]
+    assert [sum(isinstance(module, Branches) for module in student.modules())
+            for student in students] == [3, 0]
     before = [copy.deepcopy(student.state_dict()) for student in students]
     for step in (published, ours, lapped(ours, Stopwatch())):
         step()
@@ -194,21 +197,21 @@ def test_the_steps_differ_as_they_say():
     assert all(p.grad is not None for p in published.teacher.parameters())
     assert any(p.grad.abs().max() > 0 for p in published.teacher.parameters())
     assert all(p.grad is None for p in ours.teacher.parameters())
-    assert {module.implementation for network in (ours.teacher, students[1])
+    assert {module.backend for network in (ours.teacher, students[1])
             for module in network.modules() if isinstance(module, LargeKernelModule)} == {"banded"}
 
 
 def test_step_without_published(run):
-    printed, figures = run([*STEP, "--teacher", "slak_pico", "--student", "resnet_nano",
+    printed, values = run([*STEP, "--teacher", "slak_pico", "--student", "resnet_nano",
                             "--no-published"])
     assert [line[:3:2] for line in lines_of(printed)] == [["ours", "-"]]
 
 
 def test_loader(tmp_path, run):
     make_photographs(tmp_path / "photographs")
-    printed, figures = run(["loader", "--data-path", str(tmp_path / "photographs"),
+    printed, values = run(["loader", "--data-path", str(tmp_path / "photographs"),
                             "--input-size", "40", "--batch-size", "2"])
-    assert [line[0] for line in lines_of(printed)] == [row["pipeline"] for row in figures["rows"]]
+    assert [line[0] for line in lines_of(printed)] == [row["pipeline"] for row in values["rows"]]
     assert lines_of(printed)[0][2] == "1.00"
 
 
@@ -233,7 +236,9 @@ def test_ceilings_count_what_they_say():
 
 
 def test_a_table():
-    assert markdown_table(["a", "b"], [["x", "1"]]) == "| a | b |\n|---|---:|\n| x | 1 |"
+    columns = [("a", "x", ""), ("b", "y", ".1f"), ("c", "z", ".1%")]
+    assert table([{"x": "t", "y": 1, "z": 0.5}, {"x": "t", "y": None, "z": 1}], columns) == (
+        "| a | b | c |\n|---|---:|---:|\n| t | 1.0 | 50.0 % |\n| t | - | 100.0 % |")
 
 
 def test_laps_add_up(monkeypatch):
@@ -246,9 +251,9 @@ def test_laps_add_up(monkeypatch):
 
 
 def test_threads(run):
-    printed, figures = run([*OPERATOR, "--threads", "2", "--implementations", "library"])
+    printed, values = run([*OPERATOR, "--threads", "2", "--backends", "torch"])
     assert "2 thread(s)" in printed and torch.get_num_threads() == 2
-    assert figures["place"] == "CPU, 2 thread(s)" and figures["peak_memory_gib"] > 0
+    assert values["place"] == "CPU, 2 thread(s)" and values["peak_memory_gib"] > 0
 
 
 def test_help(capsys):
@@ -263,18 +268,16 @@ def test_help(capsys):
     (["masking", "--model", "vit_nano", "--input-size", "32"], "takes 224 px only"),
     (["masking", "--batch-size", "1"], "--batch-size must be at least 2"),
     (["masking", "--model", "slak"], "unknown model"),
-    (["masking", "--model", "resnet_nano", "--sparsity", "1"], "--sparsity must lie in"),
+    (["masking", "--model", "resnet_nano", "--sparsity", "1"], "--sparsity must be in [0, 1)"),
     (["operator", "--teacher", "slak_t"], "See analysis.benchmark operator --help"),
     (["teacher", "--sparsity", "0"], "See analysis.benchmark teacher --help"),
     (["loader", "--data-path", "x", "--device", "cpu"], "See analysis.benchmark loader --help"),
-    (["operator", "--device", "cpu", "--implementations", "triton"], "cannot run on cpu"),
-    (["operator", "--implementations", "bandit"], "Did you mean 'banded'"),
+    (["operator", "--device", "cpu", "--backends", "triton"], "cannot run on cpu"),
+    (["operator", "--backends", "bandit"], "invalid choice: 'bandit'"),
     (["operator", "--model", "resnet_nano"], "no large depthwise kernels"),
     (["operator", "--shape", "3", "0", "8"], "--shape must be at least 1"),
     (["operator", "--shape", "3", "8", "8", "--kernel", "8", "3"], "two odd numbers"),
     (["operator", "--shape", "3", "8", "8", "--kernel", "5", "7"], "the larger first"),
-    (["operator", "--shape", "3", "8", "8", "--model", "slak_pico"], "--model has no effect"),
-    (["operator", "--kernel", "7", "5"], "--kernel has no effect"),
     (["step", "--batch-size", "3"], "--batch-size must be even"),
     ([*TEACHER, "--large-kernel", "triton", "--device", "cpu"], "cannot run on cpu"),
     (["operator", "--json", "nowhere/at/all.json"], "not a file in an existing folder"),

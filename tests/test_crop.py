@@ -22,7 +22,7 @@ POLICY = "rand-m9-mstd0.5-inc1"
 
 
 def jpeg(size: tuple[int, int], mode: str = "RGB", **options) -> bytes:
-    """A photograph-like picture."""
+    """A photograph-like image."""
     rng = np.random.default_rng(size[0])
     coarse = Image.fromarray(rng.integers(0, 255, (9, 12, 3), dtype=np.uint8))
     buffer = io.BytesIO()
@@ -101,7 +101,7 @@ def test_the_rectangles_are_the_same_and_never_too_small():
 
 @pytest.mark.parametrize("size", [(803, 601), (641, 480), (150, 130)])
 def test_fast_pixels_are_near_and_others(size):
-    """Whole crops of smooth pictures, so that a shift by half a pixel would show."""
+    """Whole crops of smooth images, so that a shift by half a pixel would show."""
     content = jpeg(size)
     for seed in range(10):
         slow, fast = (drawn(seed, crops(fast=fast), opened(content)) for fast in (False, True))
@@ -132,18 +132,18 @@ def test_every_kind_of_jpeg(mode, options):
 
 
 def test_what_is_no_jpeg_or_is_decoded_already_is_read_whole():
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (512, 640, 3), np.uint8))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (512, 640, 3), np.uint8))
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
+    image.save(buffer, "PNG")
     decoded = opened(jpeg((640, 512)))
     decoded.load()
-    for content in (picture, opened(buffer.getvalue()), decoded):
+    for content in (image, opened(buffer.getvalue()), decoded):
         image, _, factor = drawn(0, crops(fast=True).decode, content)
         assert image.size == (640, 512) and factor == 1
 
 
 @pytest.mark.parametrize("is_fast", [False, True])
-def test_exif_does_not_turn_a_picture(is_fast):
+def test_exif_does_not_turn_an_image(is_fast):
     """As before, and as in the published runs."""
     exif = Image.Exif()
     exif[0x0112] = 6

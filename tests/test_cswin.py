@@ -1,4 +1,4 @@
-"""CSWin and ResNet-D: the published figures, stripes and shortcuts by hand, sizes, options."""
+"""CSWin and ResNet-D: the published numbers, stripes and shortcuts by hand, sizes, options."""
 import numpy as np
 import pytest
 import torch
@@ -13,7 +13,7 @@ from models.layers import DropPath
 from tests.helpers import fill_by_name, read_json
 from utils.registry import UserError
 
-FIGURES = {name: read_json("full_models")[name] for name in ("cswin_t", "resnet50d")}
+REFERENCE = {name: read_json("full_models")[name] for name in ("cswin_t", "resnet50d")}
 NANO = ["cswin_nano", "resnet_d_nano"]
 AT_64 = dict(image_size=64, splits=(1, 2, 2, 2))  # maps of 16, 8, 4 and 2
 
@@ -33,28 +33,28 @@ def meta_model(name: str, **options) -> nn.Module:
         return create_model(name, **options)
 
 
-# The published figures
+# The published numbers
 
 
-@pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.parametrize("name", REFERENCE)
 def test_names_shapes_and_counts_are_the_published_ones(name):
-    model, expected = meta_model(name), FIGURES[name]
+    model, expected = meta_model(name), REFERENCE[name]
     assert {key: list(value.shape) for key, value in model.state_dict().items()} == expected["keys"]
     assert model.num_parameters == expected["params"]
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.parametrize("name", REFERENCE)
 def test_logits_equal_the_published_code(name, memory_format):
     images = np.random.RandomState(20230530).standard_normal((1, 3, 224, 224))
     images = torch.tensor(images, dtype=torch.float32).to(memory_format=memory_format)
     model = fill_by_name(meta_model(name).to_empty(device="cpu")).eval()
     with torch.no_grad():
         logits = model.to(memory_format=memory_format)(images)[0]
-    expected = torch.tensor(FIGURES[name]["logits_first8"])
+    expected = torch.tensor(REFERENCE[name]["logits_first8"])
     assert (logits[:8] - expected).abs().max() < 1e-5 * expected.abs().max()
-    assert logits.norm().item() == pytest.approx(FIGURES[name]["logits_norm"], rel=1e-5)
-    assert logits.argmax().item() == FIGURES[name]["argmax"]
+    assert logits.norm().item() == pytest.approx(REFERENCE[name]["logits_norm"], rel=1e-5)
+    assert logits.argmax().item() == REFERENCE[name]["argmax"]
 
 
 def test_nano_is_small():
@@ -197,9 +197,9 @@ def test_two_groups_that_see_the_whole_map_are_one():
     dict(image_size=448, splits=(1, 2, 7, 14)), dict(image_size=384, splits=(1, 2, 12, 12)), AT_64])
 def test_parameters_do_not_depend_on_the_size(options):
     model = meta_model("cswin_t", **options)
-    assert model.input_size == options["image_size"]
+    assert model.fixed_size and model.input_size == options["image_size"]
     assert {key: list(value.shape) for key, value in model.state_dict().items()} == (
-        FIGURES["cswin_t"]["keys"])
+        REFERENCE["cswin_t"]["keys"])
     size = options["image_size"]
     with torch.no_grad():
         output = model.forward_with_features(torch.empty(2, 3, size, size, device="meta"))
@@ -216,7 +216,7 @@ def test_images_of_another_size_are_refused(shape, got):
 def test_as_a_teacher_it_gets_its_size():
     model = nano("cswin_nano")
     teacher = FrozenTeacher(model, IMAGENET_MEAN, IMAGENET_STD)
-    output = teacher(make_images(2, 3, 32, 32))
+    output = teacher.forward_with_features(make_images(2, 3, 32, 32))
     assert output.logits.shape == (2, 10) and output.features[-1].shape[2:] == (2, 2)
 
 
@@ -264,7 +264,8 @@ def test_impossible_options_of_cswin_are_refused_in_words(options, sentence):
 
 def test_resnet_d_is_two_options_of_the_resnet():
     built = meta_model("resnet50", deep_stem=True, avg_down=True).state_dict()
-    assert {key: list(value.shape) for key, value in built.items()} == FIGURES["resnet50d"]["keys"]
+    shapes = {key: list(value.shape) for key, value in built.items()}
+    assert shapes == REFERENCE["resnet50d"]["keys"]
     stem = meta_model("resnet_nano", deep_stem=True).state_dict()
     assert "conv1.6.weight" in stem and "layer2.0.downsample.0.weight" in stem
     down = meta_model("resnet_nano", avg_down=True).state_dict()

@@ -44,8 +44,8 @@ def test_accuracy_and_each_loss_term_of_each_run(runs, tmp_path, capsys):
         ("two", "test_acc1", "1", "20.0")]
     assert ("two", "train_fd", "1", "0.5") in rows and ("one", "train_ce", "2", "1.0") in rows
     pytest.importorskip("matplotlib")
-    with Image.open(tmp_path / "c.png") as picture:
-        assert len(picture.convert("RGB").getcolors(10 ** 6)) > 20
+    with Image.open(tmp_path / "c.png") as plot:
+        assert len(plot.convert("RGB").getcolors(10 ** 6)) > 20
 
 
 def test_more_keys_and_names(runs, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Samples, keys and loaders as functions of counters; folders of pictures; the command line."""
+"""Samples, keys and loaders as functions of counters; folders of images; the command line."""
 import io
 import itertools
 from pathlib import Path
@@ -8,7 +8,6 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from torch import Tensor
 from torchvision.datasets import CIFAR100
 
 import data
@@ -43,26 +42,27 @@ def ranks(monkeypatch, rank: int, world: int) -> None:
 
 
 def test_align_wants_the_models_classes():
-    source = type("Source", (), {"classes": ["cat", "dog"]})()
-    data.align(source, None, 2)
-    data.align(source, ["cat", "dog"], 2)
+    source = data.ImageSource()
+    source.classes = ["cat", "dog"]
+    source.align(None, 2)
+    source.align(["cat", "dog"], 2)
     with pytest.raises(UserError, match="2 of other names: cat in the set is dog"):
-        data.align(source, ["dog", "cat"], 2)
+        source.align(["dog", "cat"], 2)
     with pytest.raises(UserError, match="has 2 classes, the model 3"):
-        data.align(source, None, 3)
+        source.align(None, 3)
 
 
 def test_a_sample_depends_on_seed_epoch_and_index_alone(source):
     samples = augmented(source)
     keys = [(epoch, index) for epoch in (0, 1) for index in (0, 1, 5)]
-    first = {key: samples[key][0] for key in keys}
+    first = {key: samples[key].pixels for key in keys}
     torch.manual_seed(12345)
     np.random.seed(12345)
     for key in reversed(keys):
-        assert torch.equal(augmented(source)[key][0], first[key])
+        assert torch.equal(augmented(source)[key].pixels, first[key])
     for a, b in itertools.combinations(keys, 2):
         assert not torch.equal(first[a], first[b]), (a, b)
-    assert not torch.equal(augmented(source, seed=1)[keys[0]][0], first[keys[0]])
+    assert not torch.equal(augmented(source, seed=1)[keys[0]].pixels, first[keys[0]])
 
 
 def test_a_sample_leaves_the_global_generator_alone(source):
@@ -76,14 +76,14 @@ def test_a_sample_leaves_the_global_generator_alone(source):
 
 
 def test_labels_and_indices_come_with_the_images(source):
-    image, erasure, label, index = augmented(source)[2, 13]
-    assert image.shape == (3, 32, 32) and image.dtype == torch.uint8
-    assert erasure is None or len(erasure) == 5
-    assert (label, index) == (source.load(13)[1], 13)
+    sample = augmented(source)[2, 13]
+    assert sample.pixels.shape == (3, 32, 32) and sample.pixels.dtype == torch.uint8
+    assert sample.erasure is None or len(sample.erasure) == 5
+    assert (sample.label, sample.index, sample.readable) == (source.load(13)[1], 13, True)
 
 
-class Spoilt:
-    """ImageBatch of one level each, some of which cannot be read."""
+class Spoilt(data.ImageSource):
+    """Images of one level each, some of which cannot be read."""
 
     classes = ["only"]
 
@@ -100,18 +100,18 @@ class Spoilt:
         return Image.new("RGB", (4, 4), (index, index, index)), 0
 
     def name_of(self, index: int) -> str:
-        return f"picture {index}"
+        return f"sample {index}"
 
 
-def test_the_next_readable_picture_stands_in_for_one_that_is_not():
+def test_the_next_readable_image_stands_in_for_one_that_is_not():
     samples = Samples(Spoilt(4, {1, 3}), AS_IT_IS, seed=0)
-    seen = [(int(image[0, 0, 0]), index)
-            for image, _, _, index in (samples[0, i] for i in range(4))]
-    assert seen == [(0, 0), (2, -2), (2, 2), (0, -4)]
+    seen = [(int(pixels[0, 0, 0]), index, readable)
+            for pixels, _, _, index, readable in (samples[0, i] for i in range(4))]
+    assert seen == [(0, 0, True), (2, 1, False), (2, 2, True), (0, 3, False)]
 
 
 def test_all_unreadable_is_an_error_and_not_for_ever():
-    with pytest.raises(UserError, match="none of the 3 pictures .* picture 0"):
+    with pytest.raises(UserError, match="none of the 3 images .* sample 0"):
         Samples(Spoilt(3, {0, 1, 2}), AS_IT_IS, seed=0)[0, 1]
 
 
@@ -182,10 +182,10 @@ def train_loader(source: data.ImageSource, **changes) -> data.Loader:
 
 def assert_same(left: list, right: list) -> None:
     assert len(left) == len(right) > 0
-    for (pictures, *rest), (others, *other_rest) in zip(left, right):
-        assert torch.equal(pictures.pixels, others.pixels)
-        assert torch.equal(pictures.erased, others.erased)
-        assert pictures.num_erased == others.num_erased
+    for (images, *rest), (others, *other_rest) in zip(left, right):
+        assert torch.equal(images.pixels, others.pixels)
+        assert torch.equal(images.erased, others.erased)
+        assert images.num_erased == others.num_erased
         assert all(torch.equal(x, y) for x, y in zip(rest, other_rest))
 
 
@@ -193,7 +193,7 @@ def test_batches_do_not_depend_on_workers_and_continue_where_they_stopped(source
     plain_loader = train_loader(source)
     epochs = [list(plain_loader.start_at(epoch, 0)) for epoch in (0, 1)]
     assert [len(epoch) for epoch in epochs] == [6, 6]
-    assert not torch.equal(epochs[0][0][2], epochs[1][0][2])
+    assert not torch.equal(epochs[0][0].indices, epochs[1][0].indices)
     torch.manual_seed(99)
     with_workers = train_loader(source, num_workers=2)  # the same workers for all epochs
     for epoch, start in ((0, 0), (1, 0), (1, 4), (0, 5)):
@@ -206,71 +206,73 @@ def test_a_continued_loader_does_not_read_what_was_before():
     source = Spoilt(24, set())
     loader = data.train_loader(source, AS_IT_IS, **{
         "batch_size": 4, "num_batches": 6, "seed": 0, **WORKERS})
-    indices = [batch[2] for batch in loader.start_at(0, 5)]
+    indices = [batch.indices for batch in loader.start_at(0, 5)]
     assert source.loads == torch.cat(indices).tolist() and len(source.loads) == 4
 
 
-def evaluate_all(source: data.ImageSource, **changes) -> list[tuple[Tensor, ...]]:
+def evaluate_all(source: data.ImageSource, **changes) -> list[data.Batch]:
     return list(data.eval_loader(source, AS_IT_IS, **{
         "batch_size": 4, "num_workers": 0, **changes}))
 
 
 def test_evaluation_batches_are_in_order():
     batches = evaluate_all(Spoilt(10, set()))
-    assert torch.cat([batch[2] for batch in batches]).tolist() == list(range(10))
-    assert [len(batch[0]) for batch in batches] == [4, 4, 2]
+    assert torch.cat([batch.indices for batch in batches]).tolist() == list(range(10))
+    assert [len(batch.images) for batch in batches] == [4, 4, 2]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_bad_picture_is_reported_once(workers, capsys):
+def test_a_bad_image_is_reported_once(workers, capsys):
     loader = data.eval_loader(Spoilt(9, {2, 8}), AS_IT_IS, batch_size=4, num_workers=workers,
                               skip_bad_images=True)
     for _ in range(2):
-        indices = torch.cat([batch[2] for batch in loader]).tolist()
-        assert indices == [0, 1, -3, 3, 4, 5, 6, 7, -9]
+        batches = list(loader)
+        assert torch.cat([batch.indices for batch in batches]).tolist() == list(range(9))
+        readable = torch.cat([batch.readable for batch in batches])
+        assert (~readable).nonzero().flatten().tolist() == [2, 8]
     printed = capsys.readouterr().err
-    assert printed.count("cannot read the picture picture 2 (truncated); skipped, 1 so far") == 1
-    assert printed.count("picture 8 (truncated); skipped, 2 so far") == 1
+    assert printed.count("cannot read the image sample 2 (truncated); skipped, 1 so far") == 1
+    assert printed.count("sample 8 (truncated); skipped, 2 so far") == 1
     assert printed.count("skipped") == 2
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_bad_picture_is_an_error_unless_allowed(workers):
-    with pytest.raises(UserError, match=r"picture 2 \(truncated\).*--skip-bad-images"):
+def test_a_bad_image_is_an_error_unless_allowed(workers):
+    with pytest.raises(UserError, match=r"sample 2 \(truncated\).*--skip-bad-images"):
         evaluate_all(Spoilt(9, {2, 8}), num_workers=workers)
 
 
-# Folders of pictures
+# Folders of images
 
 
 def save(folder: Path, name: str, mode: str) -> np.ndarray:
-    """A picture of this mode under this name; the RGB pixels it stands for."""
+    """An image of this mode under this name; the RGB pixels it stands for."""
     folder.mkdir(parents=True, exist_ok=True)
     ramp = np.linspace(0, 255, 24 * 20 * 3).reshape(24, 20, 3).astype(np.uint8)
-    picture = Image.fromarray(ramp)
+    image = Image.fromarray(ramp)
     if mode == "RGBA":
-        picture.putalpha(128)
+        image.putalpha(128)
     elif mode == "LA":
-        picture = picture.convert("L").convert("LA")
+        image = image.convert("L").convert("LA")
     else:
-        picture = picture.convert(mode)
-    picture.save(folder / name)
-    return np.asarray(picture.convert("RGB"))
+        image = image.convert(mode)
+    image.save(folder / name)
+    return np.asarray(image.convert("RGB"))
 
 
 @pytest.mark.parametrize("mode, name", [
     ("L", "a.png"), ("L", "a.jpg"), ("CMYK", "a.jpg"), ("RGBA", "a.png"), ("P", "a.png"),
     ("1", "a.bmp"), ("LA", "a.png"), ("RGB", "a.JPEG"), ("RGB", "a.webp")])
-def test_every_kind_of_picture_becomes_rgb(mode, name, tmp_path):
+def test_every_kind_of_image_becomes_rgb(mode, name, tmp_path):
     expected = save(tmp_path / "train" / "ant", name, mode)
     source = data.create_dataset("imagefolder", "train", str(tmp_path))
-    picture, label = source.load(0)
-    assert picture.size == (20, 24) and label == 0
-    picture = to_rgb(picture)
-    assert picture.mode == "RGB"
-    difference = np.abs(np.asarray(picture).astype(int) - expected).mean()
+    image, label = source.load(0)
+    assert image.size == (20, 24) and label == 0
+    image = to_rgb(image)
+    assert image.mode == "RGB"
+    difference = np.abs(np.asarray(image).astype(int) - expected).mean()
     assert difference < (12 if name.lower().endswith(("jpg", "jpeg", "webp")) else 0.01)
-    assert data.eval_transform(32)(picture).shape == (3, 32, 32)
+    assert data.eval_transform(32)(image).shape == (3, 32, 32)
     for is_fast in (False, True):
         transform = data.train_transform(40, fast_decode=is_fast)
         assert transform(source.load(0)[0]).shape == (3, 40, 40)
@@ -281,7 +283,7 @@ def test_labels_follow_the_names_of_the_folders(tmp_path):
         for i in range(number + 1):
             save(tmp_path / "val" / name, f"{i}.png", "RGB")
     save(tmp_path / "val" / "n01", "deep.txt.png", "L")
-    (tmp_path / "val" / "n01" / "notes.txt").write_text("no picture")
+    (tmp_path / "val" / "n01" / "notes.txt").write_text("no image")
     source = data.create_dataset("imagefolder", "val", str(tmp_path))
     assert source.classes == ["n01", "n02", "n10"] and len(source) == 7
     for index in range(7):
@@ -290,8 +292,8 @@ def test_labels_follow_the_names_of_the_folders(tmp_path):
 
 
 @pytest.mark.parametrize("is_fast", [False, True])
-def test_a_truncated_jpeg_is_not_half_a_picture(is_fast, tmp_path):
-    """Even at a scale at which what is there would do: the next picture stands in for it."""
+def test_a_truncated_jpeg_is_not_half_an_image(is_fast, tmp_path):
+    """Even at a scale at which what is there would do: the next image stands in for it."""
     for name in ("a.jpg", "b.jpg"):
         big_jpeg(tmp_path / "train" / "ant" / name)
     path = tmp_path / "train" / "ant" / "a.jpg"
@@ -301,8 +303,7 @@ def test_a_truncated_jpeg_is_not_half_a_picture(is_fast, tmp_path):
         source.load(0)[0].load()
     transform = data.train_transform(40, fast_decode=is_fast)
     samples = Samples(source, transform, seed=0)
-    *_, index = samples[0, 0]
-    assert index == -1
+    assert samples[0, 0].index == 0 and not samples[0, 0].readable
     loader = data.eval_loader(source, transform, batch_size=2, num_workers=0)
     with pytest.raises(UserError, match=r"a.jpg \(image file is truncated.*--skip-bad-images"):
         list(loader)
@@ -321,7 +322,7 @@ def big_jpeg(path: Path, size: tuple[int, int] = (500, 400)) -> None:
 @pytest.mark.filterwarnings("ignore")  # Pillow's, about the damage
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM"])
 def test_whatever_is_wrong_with_a_file_counts_as_unreadable(kind, tmp_path):
-    """No damage gets past the list of errors that mark a picture as bad."""
+    """No damage gets past the list of errors that mark an image as bad."""
     (tmp_path / "train" / "ant").mkdir(parents=True)
     path = tmp_path / "train" / "ant" / "a.png"  # told apart by content, not by name
     buffer = io.BytesIO()
@@ -342,17 +343,15 @@ def test_whatever_is_wrong_with_a_file_counts_as_unreadable(kind, tmp_path):
 
 
 def test_outlines_through_the_registry():
-    train, val = (data.create_dataset("outlines", split, None, train_size=30, val_size=11, seed=4)
-                  for split in ("train", "val"))
+    train, val = data.create_splits(["outlines", "train_size=30", "val_size=11", "seed=4"], None)
     assert (len(train), len(val)) == (30, 11) and train.classes == val.classes
-    data.check_same_classes(train, val)
-    pictures = [source.load(3)[0] for source in (train, val)]
-    assert pictures[0].size == (64, 64) and pictures[0].mode == "RGB"
-    assert pictures[0].tobytes() != pictures[1].tobytes()
+    images = [source.load(3)[0] for source in (train, val)]
+    assert images[0].size == (64, 64) and images[0].mode == "RGB"
+    assert images[0].tobytes() != images[1].tobytes()
     again = data.create_dataset("outlines", "train", None, train_size=1000, seed=4)
-    assert again.load(3)[0].tobytes() == pictures[0].tobytes()
+    assert again.load(3)[0].tobytes() == images[0].tobytes()
     other = data.create_dataset("outlines", "train", None, train_size=30, seed=5)
-    assert other.load(3)[0].tobytes() != pictures[0].tobytes()
+    assert other.load(3)[0].tobytes() != images[0].tobytes()
     assert "train" in train.name_of(3) and "3" in train.name_of(3)
 
 
@@ -367,6 +366,20 @@ class FakeCifar(CIFAR100):
         self.targets = [7, 0, 99]
         self.classes = [f"class {i}" for i in range(100)]
         self.transform = self.target_transform = None
+
+
+@pytest.mark.parametrize("options", [{"split": 3}, {"data_path": 3}, {"name": "x"}])
+def test_what_the_program_passes_is_no_option(options):
+    with pytest.raises(UserError, match=f"^{next(iter(options))} .*data set 'imagefolder'"):
+        data.create_dataset("imagefolder", "train", None, **options)
+
+
+def test_a_split_as_an_option_gets_one_sentence(capsys, tmp_path):
+    code = train_kd.main(["--teacher", "none", "--data-set", "imagefolder", "split=3",
+                          "--output-dir", str(tmp_path / "runs")])
+    lines = capsys.readouterr().err.splitlines()
+    assert code == 2 and len(lines) == 1 and not (tmp_path / "runs").exists()
+    assert lines[0].startswith("train_kd.py: error: split ") and "'imagefolder'" in lines[0]
 
 
 def test_cifar(monkeypatch):

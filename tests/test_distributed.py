@@ -3,16 +3,18 @@ import pytest
 import torch
 
 from utils import distributed
-from utils.checkpoint import check_same_start
+from utils.checkpoint import find_saved
+from utils.config import Parser, program
 from utils.optim import resolve_batch
 from utils.registry import UserError
 
 
 def run_raising(error: Exception) -> int:
-    def run() -> int:
+    @program("prog", Parser)
+    def main(args: object) -> int:
         raise error
 
-    return distributed.run_program("prog", run)
+    return main([])
 
 
 @pytest.mark.parametrize("error, code, words", [
@@ -37,11 +39,12 @@ def test_our_own_mistakes_keep_their_traceback(monkeypatch):
 
 
 def test_processes_must_see_the_same_checkpoint(tmp_path, monkeypatch):
-    check_same_start(None, tmp_path)
-    check_same_start((tmp_path, {"step": 7}), tmp_path)
-    monkeypatch.setattr("utils.run_folder.gather_objects", lambda step: [step, None])
+    file = tmp_path / "checkpoint-last.pth"
+    torch.save({"optimizer": {}, "args": {}, "step": 7}, file)
+    assert find_saved(tmp_path, None, True, {}, {})[0] == file
+    monkeypatch.setattr("utils.checkpoint.gather_objects", lambda step: [step, None])
     with pytest.raises(UserError, match=r"updates \[7, None\].*storage that all machines share"):
-        check_same_start((tmp_path, {"step": 7}), tmp_path)
+        find_saved(tmp_path, None, True, {}, {})
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):

@@ -1,7 +1,6 @@
 """The step: one path whatever the precision, accumulation, EMA; a teacher that never trains."""
 import copy
 import shutil
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -9,9 +8,10 @@ from torch import nn
 
 import engine
 import losses
+from data.batch import Batch
 from models import ModelOutput, create_model
 from models.base import IMAGENET_MEAN, IMAGENET_STD
-from models.distiller import Distiller, FrozenTeacher, OnOwnStream
+from models.distiller import Distiller, FrozenTeacher
 from tests.helpers import (
     fill_by_name,
     make_batches,
@@ -61,9 +61,9 @@ def test_an_equal_teacher_gives_zero_kl_and_zero_fd():
     student = fill_by_name(micro_slak()).eval()
     teacher = FrozenTeacher(copy.deepcopy(student), IMAGENET_MEAN, IMAGENET_STD)
     state = make_state(student, {"kd": {"alpha": 1.0, "temperature": 3.0}, "fd": {}}, teacher)
-    images, labels, _ = make_batches(1)[0]
+    images, labels, *_ = make_batches(1)[0]
     state.distiller.eval()
-    _, terms = state.distiller(images, labels, teacher(images))
+    _, terms, _ = state.distiller(images, labels, teacher.forward_with_features(images))
     assert terms["kd"] < 1e-6 and terms["fd"] < 1e-9
 
 
@@ -71,15 +71,16 @@ def test_total_is_the_weighted_sum_of_the_raw_terms():
     teacher = make_teacher()
     state = make_state(micro_convnext_bn(), {"ce": {}, "nkd": {}, "fd": {}}, teacher)
     state.distiller.weights = {"ce": 0.5, "nkd": 2.0, "fd": 1e-3}
-    images, labels, _ = make_batches(1)[0]
-    total, terms = state.distiller(images, labels, teacher(images))
+    images, labels, *_ = make_batches(1)[0]
+    total, terms, _ = state.distiller(images, labels, teacher.forward_with_features(images))
     expected = 0.5 * terms["ce"] + 2 * terms["nkd"] + 1e-3 * terms["fd"]
     torch.testing.assert_close(total.detach(), expected)
 
 
 def test_teacher_sees_its_own_normalisation_and_size():
     class Probe(nn.Module):
-        feature_info, num_classes, input_size = (), 10, 16
+        feature_info, num_classes, num_parameters = (), 10, 0
+        input_size, fixed_size = 16, True
         input_mean, input_std = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
         def fold(self):
@@ -90,14 +91,15 @@ def test_teacher_sees_its_own_normalisation_and_size():
 
     pixels = torch.rand(2, 3, 1, 1).expand(2, 3, 32, 32)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-    seen = FrozenTeacher(Probe(), IMAGENET_MEAN, IMAGENET_STD)((pixels - mean) / std)
+    teacher = FrozenTeacher(Probe(), IMAGENET_MEAN, IMAGENET_STD)
+    seen = teacher.forward_with_features((pixels - mean) / std)
     assert seen.shape == (2, 3, 16, 16)
     torch.testing.assert_close(seen, ((pixels - 0.5) / 0.5)[..., :16, :16], atol=1e-5, rtol=1e-5)
 
 
 def test_accumulation_equals_one_large_batch():
     batches = make_batches(2, size=4)
-    large = [tuple(torch.cat(parts) for parts in zip(*batches))]
+    large = [Batch(*(torch.cat(parts) for parts in zip(*batches)))]
     results = []
     for parts, accum in ((batches, 2), (large, 1)):
         state = make_state(fill_by_name(create_model("convnext_nano", 10)), {"ce": {}}, None)
@@ -169,10 +171,15 @@ def test_a_nan_is_reported_with_the_evidence():
 
 
 class FixedLoader:
-    """Batches of given samples, as the evaluation loader yields them."""
+    """Batches of given samples, as the evaluation loader yields them: images, labels, indices and
+    which are readable (all, where it is left out)."""
 
     def __init__(self, batches: list[tuple], num_samples: int) -> None:
-        self.batches, self.num_samples = batches, num_samples
+        self.batches = []
+        for images, labels, indices, *readable in batches:
+            everything = torch.ones(len(labels), dtype=torch.bool)
+            self.batches.append(Batch(images, labels, indices, *(readable or [everything])))
+        self.num_samples = num_samples
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -208,9 +215,10 @@ def test_evaluation_counts_by_hand():
     assert torch.equal(result.samples["top5"][:, 0], torch.arange(8))
 
 
-def test_evaluation_leaves_skipped_pictures_out_and_notices_lost_ones():
+def test_evaluation_leaves_skipped_images_out_and_notices_lost_ones():
     logits = torch.eye(4)
-    batch = (logit_images(logits), torch.tensor([0, 1, 0, 3]), torch.tensor([0, 1, -3, 3]))
+    batch = (logit_images(logits), torch.tensor([0, 1, 0, 3]), torch.arange(4),
+             torch.tensor([True, True, False, True]))
     result = engine.evaluate(LogitsOfImages(), FixedLoader([batch], 4), options=make_options())
     assert result.num_samples == 3 and result.acc1 == 100
     with pytest.raises(AssertionError, match="evaluated 3 and skipped 1 of 5"):
@@ -236,43 +244,44 @@ def test_a_compiled_step_carries_a_gradient():
             return ModelOutput(self.head(images.mean((2, 3))), [])
 
     distiller = Distiller(Pooled(), {"ce": losses.create_loss("ce", ())}, {"ce": 1.0})
-    images, labels, _ = make_batches(1)[0]
-    expected, _ = distiller(images, labels, None)
+    images, labels, *_ = make_batches(1)[0]
+    expected, *_ = distiller(images, labels, None)
     distiller.compile()
-    total, terms = distiller(images, labels, None)
+    total, *_ = distiller(images, labels, None)
     total.backward()
     assert distiller.student.head.weight.grad.abs().sum() > 0
     torch.testing.assert_close(total, expected)
 
 
-def test_a_teacher_on_its_own_stream_is_waited_for_by_the_losses(monkeypatch):
-    """Without a GPU: the streams only note what is asked of them."""
-    events = []
+@pytest.mark.parametrize("is_mixed", [False, True])
+def test_teacher_metrics_against_their_definitions(is_mixed):
+    torch.manual_seed(3)
+    student, teacher, labels = torch.randn(64, 10), 3 * torch.randn(64, 10), torch.arange(64) % 10
+    teacher[:32, :] += 20 * torch.eye(10)[labels[:32]]  # right on half of them at least
+    targets = labels
+    if is_mixed:
+        targets = 0.7 * torch.eye(10)[labels] + 0.3 * torch.eye(10)[labels.flip(0)]
+    found = engine.teacher_metrics(student, teacher, targets)
+    prob = teacher.softmax(1)
+    assert found["teacher_entropy"].item() == pytest.approx(
+        -(prob * prob.log()).nan_to_num().sum(1).mean().item(), rel=1e-5)
+    hits = [int(row.argmax()) == label for row, label in zip(teacher, labels.tolist())]
+    assert found["teacher_acc1"].item() == pytest.approx(100 * sum(hits) / 64)
+    same = [int(a.argmax()) == int(b.argmax()) for a, b in zip(student, teacher)]
+    assert found["agreement"].item() == pytest.approx(100 * sum(same) / 64)
+    assert 50 <= found["teacher_acc1"] < 100 and 0 < sum(same) < 64
 
-    class Stream:
-        def __init__(self, name: str = "teacher") -> None:
-            self.name = name
 
-        def wait_stream(self, other: "Stream") -> None:
-            events.append(f"{self.name} waits for {other.name}")
+def test_equal_logits_agree_and_a_teacher_without_logits_gives_no_metrics():
+    logits = torch.randn(8, 10)
+    assert engine.teacher_metrics(logits, logits, logits.argmax(1))["agreement"] == 100
+    assert engine.teacher_metrics(logits, None, torch.zeros(8, dtype=torch.long)) == {}
 
-    main = Stream("main")
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: main)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
-    monkeypatch.setattr(torch.Tensor, "record_stream",
-                        lambda tensor, stream: events.append(f"kept for {stream.name}"))
-    torch.manual_seed(0)
-    model = micro_slak()
-    teacher = FrozenTeacher(model, model.input_mean, model.input_std)
-    student = micro_convnext_bn()
-    student.head.register_forward_hook(lambda *_: events.append("student"))
-    state = make_state(student, {"nkd": {}}, teacher)
-    images, targets = torch.randn(2, 3, 32, 32), torch.randint(10, (2,))
-    expected, _ = state.distiller(images, targets, teacher(images))
-    events.clear()
-    pending = OnOwnStream(teacher, torch.device("cuda"))(images)
-    total, _ = state.distiller(images, targets, pending)
-    assert events == ["teacher waits for main", "kept for teacher", "student",
-                      "main waits for teacher", *["kept for main"] * 5]
-    assert torch.equal(total, expected)
+
+def test_a_step_with_a_teacher_meters_its_metrics_and_one_without_none():
+    for teacher in (make_teacher(), None):
+        state = make_state(micro_convnext_bn(), {"ce": {}} if teacher is None else {"nkd": {}},
+                           teacher)
+        take_steps(state, teacher, make_batches(2), make_options())
+        names = {"teacher_acc1", "teacher_entropy", "agreement"} & state.meter.means().keys()
+        assert len(names) == (0 if teacher is None else 3)

@@ -1,4 +1,4 @@
-"""Effective receptive fields: known answers, the published figures, and the command."""
+"""Effective receptive fields: known answers, the published values, and the command."""
 import csv
 import io
 import statistics
@@ -158,7 +158,7 @@ def test_every_architecture_has_a_field(name):
     """Among them maps of even and odd edges, and Transformers."""
     torch.manual_seed(0)
     model = models.create_model(name, 10).eval().requires_grad_(False)
-    size = model.input_size or 96
+    size = model.input_size if model.fixed_size else 96
     maps = contributions(model, images_of(2, size))
     assert maps.shape == (2, size, size) and maps.min() >= 0 and maps.flatten(1).any(1).all()
     stride = model.feature_info[-1].stride
@@ -168,14 +168,14 @@ def test_every_architecture_has_a_field(name):
 
 
 class Broken(OneConv):
-    """Its gradient is not finite for pictures whose first pixel is above 0.5."""
+    """Its gradient is not finite for images whose first pixel is above 0.5."""
 
     def forward_with_features(self, images):
         factor = torch.where(images[:, :1, :1, :1] > 0.5, torch.nan, 1.0)
         return super().forward_with_features(images * factor)
 
 
-def test_pictures_without_a_finite_gradient_are_left_out_and_counted():
+def test_images_without_a_finite_gradient_are_left_out_and_counted():
     images = images_of(4)
     images[:, :, 0, 0] = torch.tensor([0.9, 0.1, 0.9, 0.1])[:, None]
     field = measure(Broken(3).eval(), [images])
@@ -188,10 +188,10 @@ def test_pictures_without_a_finite_gradient_are_left_out_and_counted():
 
 def test_controls_are_each_architecture_once_with_a_runs_first_weights():
     plain, other = ["convnext_bn_pico"], ["convnext_bn_pico", "bn=true"]
-    subjects = [LoadedModel(label, label, words, models.create_model("convnext_bn_pico", 7), settings)
-                for label, words, settings in (("a", plain, {}), ("b", plain, {"seed": 3}),
-                                               ("c", other, {}), ("d", plain, {"seed": 8}))]
-    found = controls(subjects, seed=3)
+    networks = [LoadedModel(label, label, spec, models.create_model(spec[0], 7), settings)
+                for label, spec, settings in (("a", plain, {}), ("b", plain, {"seed": 3}),
+                                              ("c", other, {}), ("d", plain, {"seed": 8}))]
+    found = controls(networks, seed=3)
     first, second = "convnext_bn_pico, untrained", "convnext_bn_pico, untrained (2)"
     assert [control.group for control in found] == [first, second, first]
     assert len({control.label for control in found}) == 3
@@ -199,7 +199,7 @@ def test_controls_are_each_architecture_once_with_a_runs_first_weights():
     wanted = models.create_model("convnext_bn_pico", 7).state_dict()
     assert all(torch.equal(value, wanted[name])
                for name, value in found[0].model.state_dict().items())
-    for other in (found[2], controls(subjects, seed=4)[0]):
+    for other in (found[2], controls(networks, seed=4)[0]):
         state = other.model.state_dict()
         assert not all(torch.equal(value, wanted[name]) for name, value in state.items())
 
@@ -238,7 +238,7 @@ def table(out) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_the_command_leaves_maps_a_table_and_a_picture(weights, tmp_path, capsys):
+def test_the_command_leaves_maps_a_table_and_a_plot(weights, tmp_path, capsys):
     out = tmp_path / "deep" / "erf"
     assert main(command(weights, out, "--labels", "one", "two")) == 0
     rows = table(out)
@@ -256,8 +256,8 @@ def test_the_command_leaves_maps_a_table_and_a_picture(weights, tmp_path, capsys
         row = wanted[1]
         assert f"| {row['side']} +- {float(row['image_side_std']):.0f} |" in shown
     pytest.importorskip("matplotlib")
-    with Image.open(out / "erf.png") as picture:
-        assert picture.width > 600 and len(picture.convert("RGB").getcolors(10 ** 6)) > 100
+    with Image.open(out / "erf.png") as plot:
+        assert plot.width > 600 and len(plot.convert("RGB").getcolors(10 ** 6)) > 100
 
 
 def test_maps_from_files_give_the_same_extents(weights, tmp_path):
@@ -286,7 +286,7 @@ def test_networks_of_one_name_are_seeds_of_one(weights, tmp_path, capsys):
     assert sorted(path.name for path in out.glob("*.npy")) == ["net.npy", "net_2.npy"]
 
 
-def test_without_matplotlib_a_sentence_says_how_to_get_pictures(weights, tmp_path, capsys,
+def test_without_matplotlib_a_sentence_says_how_to_get_plots(weights, tmp_path, capsys,
                                                                 monkeypatch):
     monkeypatch.setitem(common.figure_class.__globals__["__builtins__"], "__import__",
                         without_matplotlib(__import__))
@@ -351,7 +351,7 @@ def test_a_label_that_is_the_controls(weights, tmp_path, capsys):
     assert main([*words, "--no-control"]) == 0
 
 
-def write_pictures(folder, number: int = 2) -> None:
+def write_images(folder, number: int = 2) -> None:
     for name in ("a", "b"):
         (folder / name).mkdir(parents=True)
         for i in range(number):
@@ -359,8 +359,8 @@ def write_pictures(folder, number: int = 2) -> None:
             Image.fromarray(pixels).save(folder / name / f"{i}.png")
 
 
-def test_pictures_from_a_folder_with_val_or_the_folder_itself(weights, tmp_path, capsys):
-    write_pictures(tmp_path / "set" / "val")
+def test_images_from_a_folder_with_val_or_the_folder_itself(weights, tmp_path, capsys):
+    write_images(tmp_path / "set" / "val")
     words = command(weights[:1], "")
     words[words.index("--data-set") + 1:words.index("--data-set") + 3] = ["imagefolder"]
     for path, out in ((tmp_path / "set", "a"), (tmp_path / "set" / "val", "b")):
@@ -387,9 +387,6 @@ def test_pictures_from_a_folder_with_val_or_the_folder_itself(weights, tmp_path,
     ("--model slak_pico --weights random --data-path nowhere", "nowhere"),
     ("--model slak_picco --weights random", "Did you mean 'slak_pico'?"),
     ("--checkpoint nothing.pth", "no such file: nothing.pth"),
-    ("--matrix a.npy --size 64", "--size has no effect on --matrix alone"),
-    ("--matrix a.npy --no-control", "--control has no effect on --matrix alone"),
-    ("--checkpoint a.pth --num-classes 10", "--num-classes has no effect without --model"),
     ("--matrix nothing.npy", "--matrix nothing.npy is no readable .npy file"),
     ("--images 3 --sizes 4", "Did you mean '--size'?")])
 def test_wrong_words_get_a_sentence(tmp_path, capsys, words, telling):

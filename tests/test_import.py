@@ -9,12 +9,12 @@ from torch import Tensor
 from models import create_model
 from models.base import IMAGENET_MEAN, IMAGENET_STD
 from models.distiller import FrozenTeacher
-from models.weights import PUBLISHED, describe_origin, learned, load_weights
+from models.weights import PUBLISHED, describe_origin, load_weights, without_computed
 from tests.helpers import fill_by_name, micro_convnext_bn, read_json
 from utils.registry import UserError
 
-FIGURES = read_json("full_models")
-# figure -> registered name and options; the other figures are in test_models.py
+REFERENCE = read_json("full_models")
+# key of the reference -> registered name and options; the others are in test_models.py
 OTHER_NAMES = {
     "swin_t_official": ("swin_t", {}), "deit_s": ("deit_s", {}), "vit_b_timm": ("vit_b", {}),
     "convnext_t_torchvision": ("convnext_t", {}), "convnextv2_t": ("convnextv2_t", {}),
@@ -24,44 +24,44 @@ OTHER_NAMES = {
 }
 
 
-def published_state(figure: str, fill: bool = True) -> dict[str, Tensor]:
+def published_state(key: str, fill: bool = True) -> dict[str, Tensor]:
     """The state dict as published: names, shapes, and values drawn from the names."""
     state = {}
-    for name, shape in FIGURES[figure]["keys"].items():
+    for name, shape in REFERENCE[key]["keys"].items():
         is_count = name.endswith(("num_batches_tracked", "relative_position_index"))
         state[name] = torch.zeros(shape, dtype=torch.long if is_count else torch.float32,
                                   device="cpu" if fill else "meta")
     return fill_by_name(SimpleNamespace(state_dict=lambda: state)).state_dict() if fill else state
 
 
-@pytest.mark.parametrize("figure", OTHER_NAMES)
-def test_published_names_give_the_published_logits(figure, tmp_path):
-    name, options = OTHER_NAMES[figure]
+@pytest.mark.parametrize("key", OTHER_NAMES)
+def test_published_names_give_the_published_logits(key, tmp_path):
+    name, options = OTHER_NAMES[key]
     model = create_model(name, 1000, **options).eval()
-    assert model.num_parameters == FIGURES[figure]["params"]
-    torch.save({"model": published_state(figure)}, tmp_path / "published.pth")
+    assert model.num_parameters == REFERENCE[key]["params"]
+    torch.save({"model": published_state(key)}, tmp_path / "published.pth")
     load_weights(model, tmp_path / "published.pth")
     images = np.random.RandomState(20230530).standard_normal((1, 3, 224, 224))
     with torch.no_grad():
         logits = model(torch.tensor(images, dtype=torch.float32))[0]
-    expected = torch.tensor(FIGURES[figure]["logits_first8"])
+    expected = torch.tensor(REFERENCE[key]["logits_first8"])
     assert (logits[:8] - expected).abs().max() < 1e-5 * expected.abs().max()
-    assert logits.norm().item() == pytest.approx(FIGURES[figure]["logits_norm"], rel=1e-5)
-    assert logits.argmax().item() == FIGURES[figure]["argmax"]
+    assert logits.norm().item() == pytest.approx(REFERENCE[key]["logits_norm"], rel=1e-5)
+    assert logits.argmax().item() == REFERENCE[key]["argmax"]
 
 
 SAME_NAMES = {"slak_t_31": ("slak_t", {"kernel_size": (31, 29, 27, 13, 5)}),
               "slak_t_61": ("slak_t", {"kernel_size": (61, 59, 57, 13, 5)})}
 
 
-@pytest.mark.parametrize("figure", FIGURES)
-def test_the_published_key_set_is_the_networks_own_after_import(figure):
-    name, options = {**OTHER_NAMES, **SAME_NAMES}.get(figure, (figure, {}))
+@pytest.mark.parametrize("key", REFERENCE)
+def test_the_published_key_set_is_the_networks_own_after_import(key):
+    name, options = {**OTHER_NAMES, **SAME_NAMES}.get(key, (key, {}))
     with torch.device("meta"):
         model = create_model(name, 1000, **options)
-    imported = learned(model.translated(published_state(figure, fill=False)))
+    imported = without_computed(model.convert_state_dict(published_state(key, fill=False)))
     assert {key: value.shape for key, value in imported.items()} == {
-        key: value.shape for key, value in learned(model.state_dict()).items()}
+        key: value.shape for key, value in without_computed(model.state_dict()).items()}
 
 
 def timm_convnextv2(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -95,13 +95,13 @@ def test_timms_names_of_convnext_v2(tmp_path):
 
 
 def test_convnext_v2_equals_the_published_code(fixture_npz):
-    figures = fixture_npz("convnextv2_micro")
+    arrays = fixture_npz("convnextv2_micro")
     model = create_model("convnextv2_nano", 10, depths=(1, 1, 2, 1), dims=(8, 16, 24, 32))
     model.load_state_dict({name.removeprefix("sd/"): torch.as_tensor(value)
-                           for name, value in figures.items() if name.startswith("sd/")})
+                           for name, value in arrays.items() if name.startswith("sd/")})
     with torch.no_grad():
-        logits = model.eval()(torch.as_tensor(figures["input"]))
-    torch.testing.assert_close(logits, torch.as_tensor(figures["logits"]), rtol=1e-5, atol=1e-5)
+        logits = model.eval()(torch.as_tensor(arrays["input"]))
+    torch.testing.assert_close(logits, torch.as_tensor(arrays["logits"]), rtol=1e-5, atol=1e-5)
     exempt = model.no_weight_decay()
     assert len(exempt) == 10 and all(".grn." in name for name in exempt)
 
@@ -109,13 +109,13 @@ def test_convnext_v2_equals_the_published_code(fixture_npz):
 def test_newer_timm_moved_the_down_sampling_of_swin():
     model = create_model("swin_nano", 10)
     official = {}
-    for name, value in learned(published_state("swin_t_official", fill=False)).items():
+    for name, value in without_computed(published_state("swin_t_official", fill=False)).items():
         parts = name.split(".")
         if parts[0] == "layers" and parts[2] == "downsample":
             parts[1] = str(int(parts[1]) + 1)
         official[".".join(parts).replace("head.", "head.fc.")] = value
-    assert model.translated(official).keys() == model.translated(
-        learned(published_state("swin_t_official", fill=False))).keys()
+    assert model.convert_state_dict(official).keys() == model.convert_state_dict(
+        without_computed(published_state("swin_t_official", fill=False))).keys()
 
 
 def test_the_first_vit_s_of_timm():
@@ -130,7 +130,7 @@ def test_the_first_vit_s_of_timm():
         state[name] = torch.randn(value.shape, generator=torch.Generator().manual_seed(len(name)))
     weight = state["encoder.layers.encoder_layer_0.self_attention.in_proj_weight"]
     theirs = {"pos_embed": state["encoder.pos_embedding"], "blocks.0.attn.qkv.weight": weight}
-    imported = model.translated(theirs)
+    imported = model.convert_state_dict(theirs)
     prefix = "encoder.layers.encoder_layer_0.self_attention.in_proj"
     assert (imported[f"{prefix}_bias"] == 0).all() and len(imported[f"{prefix}_bias"]) == 3 * dim
     x = torch.randn(5, dim, generator=torch.Generator().manual_seed(0))
@@ -139,8 +139,9 @@ def test_the_first_vit_s_of_timm():
     queries, keys, _ = (x @ imported[f"{prefix}_weight"].T).chunk(3, dim=1)
     torch.testing.assert_close(queries @ keys.T * (dim // heads) ** -0.5, expected)
     own = model.state_dict()
-    assert model.translated(own).keys() == own.keys()  # its own checkpoints are not rescaled
-    assert torch.equal(model.translated(own)[f"{prefix}_weight"], own[f"{prefix}_weight"])
+    # Its own checkpoints are not rescaled.
+    assert model.convert_state_dict(own).keys() == own.keys()
+    assert torch.equal(model.convert_state_dict(own)[f"{prefix}_weight"], own[f"{prefix}_weight"])
 
 
 def test_timms_mobilenet_asks_for_its_eps(tmp_path):
@@ -160,12 +161,12 @@ def test_a_vit_that_cannot_be_built_is_refused_in_words(options):
 # Which network a file is of
 
 
-@pytest.mark.parametrize("figure, words", [
+@pytest.mark.parametrize("key, words", [
     ("slak_t_31", "slak_t kernel_size=31,29,27,13,5"), ("slak_b", "slak_b"),
     ("convnext_s_bn", "convnext_s_bn"), ("swin_t_official", "swin_t"), ("vit_b_timm", "vit_b"),
     ("mobilenetv3_l_timm", "mobilenetv3_l bn_eps=1e-05"), ("cswin_t", "cswin_t")])
-def test_a_file_is_recognised_by_its_names_and_shapes(figure, words):
-    assert describe_origin(published_state(figure, fill=False)) == f"These are weights of {words}. "
+def test_a_file_is_recognised_by_its_names_and_shapes(key, words):
+    assert describe_origin(published_state(key, fill=False)) == f"These are weights of {words}. "
 
 
 def test_the_nearest_network_is_named_or_none():
@@ -275,15 +276,16 @@ def test_a_file_that_names_a_tensor_twice_is_refused(tmp_path):
 
 
 def test_a_teacher_sees_the_size_and_the_normalisation_of_its_weights():
-    teacher = FrozenTeacher(create_model("efficientnet_nano", 10, native_size=96), IMAGENET_MEAN,
+    teacher = FrozenTeacher(create_model("efficientnet_nano", 10, input_size=96), IMAGENET_MEAN,
                             IMAGENET_STD)
-    assert teacher(torch.zeros(2, 3, 64, 64)).features[0].shape[2:] == (24, 24)
+    images = torch.zeros(2, 3, 64, 64)
+    assert teacher.forward_with_features(images).features[0].shape[2:] == (24, 24)
     own = FrozenTeacher(create_model("efficientnet_nano", 10), IMAGENET_MEAN, IMAGENET_STD)
-    assert own(torch.zeros(2, 3, 64, 64)).features[0].shape[2:] == (16, 16)
+    assert own.forward_with_features(images).features[0].shape[2:] == (16, 16)
     assert create_model("vit_nano", 10, input_norm="half").input_mean == (0.5, 0.5, 0.5)
     with torch.device("meta"):
         assert create_model("vit_b").input_std == (0.5, 0.5, 0.5)
         assert create_model("deit_s").input_mean == IMAGENET_MEAN
-        assert create_model("efficientnet_b3").native_size == 300
+        assert create_model("efficientnet_b3").input_size == 300
     with pytest.raises(UserError, match="input_norm must be one of imagenet, half"):
         create_model("vit_nano", 10, input_norm="inception")

@@ -1,4 +1,4 @@
-"""models/large_kernel.py and what computes it on a CPU, against torch's convolution in float64.
+"""models/large_kernel and what computes it on a CPU, against PyTorch's convolution in float64.
 
 Triton's kernels have a file of their own.
 """
@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from analysis.complexity import count_macs
 from models.large_kernel import banded, operator
 from models.large_kernel.operator import (
     BACKENDS,
@@ -17,7 +16,8 @@ from models.large_kernel.operator import (
     cropped,
     depthwise,
     depthwise_sum,
-    use,
+    describe_choice,
+    set_backend,
 )
 from models.slak import LargeKernel
 from tests.helpers import fill_by_name, micro_slak
@@ -29,9 +29,6 @@ MAPS = ((14, 14), (7, 9), (20, 13), (1, 1), (2, 15))  # the last: a tall kernel 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 # Of the maximum. In 16 bits about three roundings: a map's, and that of each sum of two.
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1.2e-2, torch.float16: 2e-3}
-# The library's own float16 takes minutes on a CPU that has no units for it.
-RUNS = [(name, dtype) for name in ("auto", *OURS, "library") for dtype in TOLERANCES
-        if (name, dtype) != ("library", torch.float16)]
 IMAGES, CHANNELS = 2, 3
 
 
@@ -73,23 +70,48 @@ def expected_of(sizes: tuple, size: tuple[int, int], dtype: torch.dtype) -> list
 # Values and gradients
 
 
+def results(branches, sizes: tuple, size: tuple[int, int], dtype: torch.dtype, layout, other
+            ) -> list[Tensor]:
+    """What `branches(x, kernels)` gives, and its gradients, in the order of `expected_of`: map and
+    kernels in one memory layout, the gradients given in another."""
+    x, kernels, gradients = drawn(sizes, size, dtype)
+    leaves = [tensor.clone(memory_format=layout).requires_grad_() for tensor in (x, *kernels)]
+    given = [gradient.contiguous(memory_format=other) for gradient in gradients]
+    maps = branches(leaves[0], leaves[1:])
+    by_branch = torch.autograd.grad(maps, leaves, given, retain_graph=True)
+    shared = torch.autograd.grad(sum(maps), leaves, given[0])
+    return [*maps, *by_branch, *shared]
+
+
+# Each layout of map and gradient for each set of kernels, either of them first.
+CASES = [(sizes, layout, other) for number, sizes in enumerate((SLAK, PAIR, SINGLE))
+         for layout, other in ((LAYOUTS, LAYOUTS[::-1])[number % 2], (LAYOUTS[number % 2],) * 2)]
+
+
 @pytest.mark.parametrize("size", MAPS, ids=str)
-@pytest.mark.parametrize("name, dtype", RUNS, ids=str)
-def test_maps_and_gradients_equal_the_librarys_in_float64(name, dtype, size):
-    for number, sizes in enumerate((SLAK, PAIR, SINGLE)):
-        x, kernels, gradients = drawn(sizes, size, dtype)
-        expected = expected_of(sizes, size, dtype)
-        # Each layout of map and gradient for each set of kernels, either of them first.
-        for layout, other in (LAYOUTS, LAYOUTS[::-1])[number % 2], (LAYOUTS[number % 2],) * 2:
-            leaves = [tensor.clone(memory_format=layout).requires_grad_()
-                      for tensor in (x, *kernels)]
-            given = [gradient.contiguous(memory_format=other) for gradient in gradients]
-            maps = depthwise(leaves[0], leaves[1:], name)
-            by_branch = torch.autograd.grad(maps, leaves, given, retain_graph=True)
-            shared = torch.autograd.grad(sum(maps), leaves, given[0])
-            for tensor, reference in zip([*maps, *by_branch, *shared], expected, strict=True):
-                assert tensor.dtype == dtype
-                assert relative_error(tensor, reference) < TOLERANCES[dtype]
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("name", ["auto", *OURS])
+def test_maps_and_gradients_equal_pytorchs_in_float64(name, dtype, size):
+    for sizes, *layouts in CASES:
+        found = results(lambda x, kernels: depthwise(x, kernels, name), sizes, size, dtype,
+                        *layouts)
+        for tensor, reference in zip(found, expected_of(sizes, size, dtype), strict=True):
+            assert tensor.dtype == dtype
+            assert relative_error(tensor, reference) < TOLERANCES[dtype]
+
+
+# PyTorch's own float16 takes minutes on a CPU that has no units for it.
+@pytest.mark.parametrize("size", MAPS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_torch_is_pytorchs_convolution_and_gradient(dtype, size):
+    """To the last bit. How far PyTorch's own bfloat16 gradients are from float64 depends on the
+    processor."""
+    for sizes, *layouts in CASES:
+        found = results(lambda x, kernels: depthwise(x, kernels, "torch"), sizes, size, dtype,
+                        *layouts)
+        expected = results(convolutions, sizes, size, dtype, *layouts)
+        for tensor, reference in zip(found, expected, strict=True):
+            assert tensor.dtype == dtype and torch.equal(tensor, reference)
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1, 2, 3), (0, 1, 3), (2,)], ids=str)
@@ -173,7 +195,7 @@ def test_a_block_equals_one_of_convolutions(name, bn, decomposed):
     results = []
     for of_block in (lambda block: block, Convolutions):
         block = fill_by_name(LargeKernel(4, 13, 5, decomposed, bn)).train()
-        use(name, block)
+        set_backend(name, block)
         x, gradient = torch.randn(2, 3, 4, 9, 11, generator=torch.Generator().manual_seed(1))[:, :2]
         x.requires_grad_()
         y = of_block(block)(x)
@@ -186,9 +208,9 @@ def test_a_block_equals_one_of_convolutions(name, bn, decomposed):
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_every_implementation_trains_the_same_network(name):
+def test_every_backend_trains_the_same_network(name):
     logits, gradients = train_step(name)
-    expected_logits, expected = train_step("library")
+    expected_logits, expected = train_step("torch")
     assert relative_error(logits, expected_logits) < 1e-5
     for key, gradient in expected.items():
         assert relative_error(gradients[key], gradient) < 1e-4, key
@@ -197,7 +219,7 @@ def test_every_implementation_trains_the_same_network(name):
 def train_step(name: str, compiled: bool = False, **options) -> tuple[Tensor, dict[str, Tensor]]:
     """Logits and parameter gradients of a micro SLaK."""
     model = fill_by_name(micro_slak(**options)).train()
-    use(name, model)
+    set_backend(name, model)
     images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
     logits = run(images)
@@ -240,7 +262,7 @@ def test_sum_prepares_once_for_a_kind_of_map(name, monkeypatch):
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1, 2, 3, 4), (0, 4), (2,)], ids=str)
-@pytest.mark.parametrize("name", ["auto", *OURS, "library"])
+@pytest.mark.parametrize("name", ["auto", *OURS, "torch"])
 def test_sum_is_in_the_graph_where_a_gradient_is_needed(name, wanted):
     """Of the map (0), kernels and bias (4)."""
     x, kernels, (gradient, *_) = drawn(SLAK, (7, 9), torch.float32)
@@ -291,7 +313,7 @@ def test_autocast_computes_in_its_dtype_and_gives_gradients_in_theirs(name):
         assert relative_error(leaf.grad, gradient) < 1.2e-2
 
 
-def test_autocast_leaves_float64_alone_as_it_does_for_the_librarys():
+def test_autocast_leaves_float64_alone_as_it_does_for_pytorchs():
     x, kernel = torch.randn(1, 1, 5, 5).double(), torch.randn(1, 1, 3, 3).double()
     with torch.autocast("cpu", torch.bfloat16):
         assert F.conv2d(x, kernel, padding=1).dtype == torch.float64
@@ -299,7 +321,7 @@ def test_autocast_leaves_float64_alone_as_it_does_for_the_librarys():
 
 
 def test_float16_is_computed_in_float32_under_autocast_too(monkeypatch):
-    """As models/library_conv.py means to: in float16 a CPU may take 100 times as long."""
+    """As conv.py means to: in float16 a CPU may take 100 times as long."""
     dtypes, real = [], F.conv2d
 
     def noting(*inputs, **options):
@@ -344,14 +366,19 @@ def test_a_compiled_training_step_is_the_eager_one(name):
 # Choice
 
 
+def set_reason(monkeypatch, reason: str | None) -> None:
+    """Why Triton does not run on any device; None: it does."""
+    monkeypatch.setattr(type(BACKENDS["triton"]), "why_not", lambda backend, device: reason)
+
+
 def kernels_on(edge: int) -> list[Tensor]:
     return [torch.empty(2, 1, edge, 5, device="meta"), torch.empty(2, 1, 5, edge, device="meta")]
 
 
 @pytest.mark.parametrize("device, dtype, expected", [
     ("cpu", torch.float32, "conv"), ("cpu", torch.bfloat16, "conv"), ("cpu", torch.float16, "conv"),
-    ("cpu", torch.float64, "library"), ("meta", torch.float32, "library"),
-    ("meta", torch.bfloat16, "library"), ("mps", torch.float32, "library")])
+    ("cpu", torch.float64, "torch"), ("meta", torch.float32, "torch"),
+    ("meta", torch.bfloat16, "torch"), ("mps", torch.float32, "torch")])
 def test_auto_without_a_gpu(device, dtype, expected):
     for edge in (3, 51):
         found = operator.choose("auto", torch.device(device), dtype, kernels_on(edge))
@@ -360,27 +387,26 @@ def test_auto_without_a_gpu(device, dtype, expected):
 
 @pytest.mark.parametrize("dtype, with_triton, without", [
     (torch.bfloat16, "triton", "banded"), (torch.float16, "triton", "banded"),
-    (torch.float32, "banded", "banded"), (torch.float64, "library", "library")])
+    (torch.float32, "banded", "banded"), (torch.float64, "torch", "torch")])
 def test_auto_on_a_gpu(dtype, with_triton, without, monkeypatch):
     device = torch.device("cuda")
     for reason, expected in ((None, with_triton), ("Triton is not installed.", without)):
-        monkeypatch.setattr(operator.triton, "why_not", lambda device, r=reason: r)
+        set_reason(monkeypatch, reason)
         for edge in (9, 51):
             assert operator.choose("auto", device, dtype, kernels_on(edge)) == expected
-        assert operator.choose("auto", device, dtype, kernels_on(7)) == "library"
+        assert operator.choose("auto", device, dtype, kernels_on(7)) == "torch"
 
 
 def test_what_is_asked_for_is_taken():
-    for name in (*OURS, "library"):
-        for device, expected in (("cpu", name), ("cuda", name), ("meta", "library")):
+    for name in (*OURS, "torch"):
+        for device, expected in (("cpu", name), ("cuda", name), ("meta", "torch")):
             found = operator.choose(name, torch.device(device), torch.float32, kernels_on(3))
             assert found == expected
 
 
 def test_triton_on_a_cpu_is_refused_in_words(monkeypatch):
     reason = "Triton's kernels need a GPU."
-    found = BACKENDS["triton"]._replace(why_not=lambda device: reason)
-    monkeypatch.setitem(BACKENDS, "triton", found)
+    set_reason(monkeypatch, reason)
     with pytest.raises(UserError) as caught:
         depthwise(torch.zeros(1, 2, 3, 3), [torch.zeros(2, 1, 3, 3)], "triton")
     assert str(caught.value) == (f"--large-kernel triton cannot run on cpu: {reason} Use auto.")
@@ -393,28 +419,29 @@ def test_an_unknown_name_is_refused_with_the_known_ones():
 
 
 def spy_on(monkeypatch, name: str, part: str, called: list) -> None:
-    """Notes (name, part) in `called` whenever that function of an implementation runs."""
-    real = getattr(BACKENDS[name], part)
+    """Notes (name, part) in `called` whenever that method of a backend runs."""
+    kind = type(BACKENDS[name])
+    real = getattr(kind, part)
 
-    def noting(*inputs):
+    def noting(backend, *inputs):
         called.append((name, part))
-        return real(*inputs)
+        return real(backend, *inputs)
 
-    monkeypatch.setitem(BACKENDS, name, BACKENDS[name]._replace(**{part: noting}))
+    monkeypatch.setattr(kind, part, noting)
 
 
-def test_use_reaches_every_large_kernel_of_every_network(monkeypatch):
+def test_set_backend_reaches_every_large_kernel_of_every_network(monkeypatch):
     called = []
     for name in OURS:
         for part in ("outputs", "total"):
             spy_on(monkeypatch, name, part, called)
     student, teacher = micro_slak().eval(), micro_slak().eval().fold()
     images, num_blocks = torch.randn(1, 3, 32, 32), sum(student.depths)
-    for name, runs in (("auto", "conv"), ("banded", "banded"), ("conv", "conv"), ("library", None)):
-        use(name, student, None, teacher)
+    for name, runs in (("auto", "conv"), ("banded", "banded"), ("conv", "conv"), ("torch", None)):
+        set_backend(name, student, None, teacher)
         modules = [m for net in (student, teacher) for m in net.modules()
                    if isinstance(m, operator.LargeKernelModule)]
-        assert [m.implementation for m in modules] == [name] * 2 * num_blocks
+        assert [m.backend for m in modules] == [name] * 2 * num_blocks
         called.clear()
         with torch.no_grad():
             student(images), teacher(images)
@@ -422,13 +449,49 @@ def test_use_reaches_every_large_kernel_of_every_network(monkeypatch):
                           if runs else [])
 
 
-def test_macs_do_not_depend_on_the_implementation():
+def test_the_old_name_of_torch_is_understood_with_a_hint(capsys):
+    model = micro_slak()
+    set_backend("library", model)
+    assert {module.backend for module in operator.large_kernel_modules(model)} == {"torch"}
+    assert capsys.readouterr().out == "--large-kernel library is understood as torch.\n"
+
+
+def test_only_kernels_above_nine_taps_are_announced(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    small, large = [micro_slak(kernel_size=(k, 7, 5, 5, 3)) for k in (9, 11)]
+    for name, says in (("auto", "conv"), ("banded", "banded")):
+        set_backend(name, small, large)
+        assert describe_choice(small, cpu, torch.float32) == ""
+        assert describe_choice(large, cpu, torch.float32) == f", large kernels by {says}"
+    set_backend("auto", large)
+    set_reason(monkeypatch, "Triton is not installed.")
+    assert describe_choice(large, cuda, torch.bfloat16) == (
+        ", large kernels by banded (Triton is not installed.)")
+    set_reason(monkeypatch, None)
+    assert describe_choice(large, cuda, torch.bfloat16) == ", large kernels by triton"
+
+
+def test_what_cannot_run_is_refused_where_nothing_is_announced(monkeypatch):
+    set_reason(monkeypatch, "Triton's kernels need a GPU.")
+    model = micro_slak(kernel_size=(7, 7, 5, 5, 3))
+    set_backend("triton", model)
+    with pytest.raises(UserError, match="--large-kernel triton cannot run on cpu"):
+        describe_choice(model, torch.device("cpu"), torch.float32)
+
+
+def test_a_choice_without_any_module_is_refused():
+    set_backend("auto", nn.Conv2d(3, 3, 3))
+    with pytest.raises(UserError, match="--large-kernel conv has no effect"):
+        set_backend("conv", nn.Conv2d(3, 3, 3), None)
+
+
+def test_macs_do_not_depend_on_the_backend():
     for make in (micro_slak, lambda: micro_slak().eval().fold()):
         counts = []
         for name in operator.CHOICES:
             model = make()
-            use(name, model)
-            counts.append(count_macs(model, 64))
+            set_backend(name, model)
+            counts.append(model.count_macs(64))
         assert len(set(counts)) == 1 and counts[0] > 0
 
 

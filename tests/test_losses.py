@@ -1,4 +1,4 @@
-"""Losses: the published figures, the contract of every registered one, and their options."""
+"""Losses: the published values, the contract of every registered one, and their options."""
 import inspect
 import math
 
@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import train_kd
 from losses import create_loss, list_losses
 from losses.base import hard_labels
 from models.base import FeatureInfo, ModelOutput
@@ -15,9 +16,9 @@ from models.distiller import Distiller
 from tests.helpers import FIXTURES
 from utils.registry import UnknownName, UserError
 
-FIGURES = np.load(FIXTURES / "losses.npz")
-LOGIT_FIGURES = [key.removesuffix("/loss") for key in FIGURES.files if key.endswith("/loss")]
-FD_FIGURES = {"smoothl1_beta2": {}, "mse": {"kind": "mse"},
+PUBLISHED = np.load(FIXTURES / "losses.npz")
+LOGIT_CASES = [key.removesuffix("/loss") for key in PUBLISHED.files if key.endswith("/loss")]
+FD_CASES = {"smoothl1_beta2": {}, "mse": {"kind": "mse"},
               "smoothl1_beta2_whitened": {"whiten": True}}
 STUDENT_INFO = (FeatureInfo(6, 16), FeatureInfo(8, 32))
 TEACHER_INFO = (FeatureInfo(10, 16), FeatureInfo(12, 32))
@@ -72,13 +73,13 @@ def logits_only(logits: Tensor) -> ModelOutput:
     return ModelOutput(logits, [])
 
 
-# The published figures
+# The published values
 
 
-def read_figure(figure: str) -> tuple[str, dict, str]:
+def read_case(case: str) -> tuple[str, dict, str]:
     """'b8c10/kd_T4.0_alpha0.9_soft' -> the loss, its options, the array of its targets. The
     published nkd calls gamma alpha."""
-    name, *words = figure.partition("/")[2].split("_")
+    name, *words = case.partition("/")[2].split("_")
     targets = "soft" if words[-1] == "soft" else "labels"
     if name == "ce":
         return name, {} if targets == "soft" else {"label_smoothing": 0.1}, targets
@@ -90,42 +91,42 @@ def read_figure(figure: str) -> tuple[str, dict, str]:
     return name, options, targets
 
 
-@pytest.mark.parametrize("figure", LOGIT_FIGURES)
-def test_value_and_gradient_equal_the_published_code(figure):
-    name, options, targets = read_figure(figure)
-    batch = figure.partition("/")[0]
-    student = torch.tensor(FIGURES[f"{batch}/student"]).requires_grad_()
-    teacher = torch.tensor(FIGURES[f"{batch}/teacher"])
+@pytest.mark.parametrize("case", LOGIT_CASES)
+def test_value_and_gradient_equal_the_published_code(case):
+    name, options, targets = read_case(case)
+    batch = case.partition("/")[0]
+    student = torch.tensor(PUBLISHED[f"{batch}/student"]).requires_grad_()
+    teacher = torch.tensor(PUBLISHED[f"{batch}/teacher"])
     loss = make_loss(name, **options)(logits_only(student), logits_only(teacher),
-                                      torch.tensor(FIGURES[f"{batch}/{targets}"]))
+                                      torch.tensor(PUBLISHED[f"{batch}/{targets}"]))
     loss.backward()
-    expected = torch.tensor(FIGURES[f"{figure}/grad"])
-    assert loss.item() == pytest.approx(float(FIGURES[f"{figure}/loss"]), rel=1e-5)
+    expected = torch.tensor(PUBLISHED[f"{case}/grad"])
+    assert loss.item() == pytest.approx(float(PUBLISHED[f"{case}/loss"]), rel=1e-5)
     assert (student.grad - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
 def test_every_published_setting_is_there():
-    names = {read_figure(figure)[0] for figure in LOGIT_FIGURES}
-    assert names == {"ce", "kd", "nkd"} and len(LOGIT_FIGURES) == 32
+    names = {read_case(case)[0] for case in LOGIT_CASES}
+    assert names == {"ce", "kd", "nkd"} and len(LOGIT_CASES) == 32
 
 
-@pytest.mark.parametrize("figure", FD_FIGURES)
-def test_feature_distance_equals_the_published_code(figure):
+@pytest.mark.parametrize("case", FD_CASES)
+def test_feature_distance_equals_the_published_code(case):
     """Between equal channel counts the projection starts as the identity."""
     info = (FeatureInfo(12, 32),)
-    student = torch.tensor(FIGURES["fd/student"]).requires_grad_()
-    teacher = torch.tensor(FIGURES["fd/teacher"])
-    loss = make_loss("fd", info, info, **FD_FIGURES[figure])(
+    student = torch.tensor(PUBLISHED["fd/student"]).requires_grad_()
+    teacher = torch.tensor(PUBLISHED["fd/teacher"])
+    loss = make_loss("fd", info, info, **FD_CASES[case])(
         ModelOutput(None, [student]), ModelOutput(None, [teacher]), None)
     loss.backward()
-    assert loss.item() == pytest.approx(float(FIGURES[f"fd/{figure}"]), rel=1e-5)
+    assert loss.item() == pytest.approx(float(PUBLISHED[f"fd/{case}"]), rel=1e-5)
     # d/ds of smooth L1 is d / beta clipped to [-1, 1], of the square 2 d; over the element count.
     target = teacher
-    if figure.endswith("whitened"):
+    if case.endswith("whitened"):
         mean, var = teacher.mean(1, keepdim=True), teacher.var(1, keepdim=True, unbiased=False)
         target = (teacher - mean) / (var + 1e-5).sqrt()
     difference = student.detach() - target
-    slope = 2 * difference if figure == "mse" else (difference / 2).clamp(-1, 1)
+    slope = 2 * difference if case == "mse" else (difference / 2).clamp(-1, 1)
     torch.testing.assert_close(student.grad, slope / student.numel(), rtol=1e-4, atol=1e-9)
 
 
@@ -170,14 +171,14 @@ def test_float32_whatever_the_inputs(name, dtype):
 class FixedNetwork(nn.Module):
     """Gives the same output whatever the images."""
 
+    fixed_size = False
+
     def __init__(self, output: ModelOutput) -> None:
         super().__init__()
         self.output = output
 
     def forward_with_features(self, images: Tensor) -> ModelOutput:
         return self.output
-
-    forward = forward_with_features  # of a teacher
 
 
 @pytest.mark.parametrize("name", list_losses())
@@ -187,7 +188,7 @@ def test_float32_inside_autocast(name):
                         for seed, info in enumerate((STUDENT_INFO, TEACHER_INFO))]
     distiller = Distiller(FixedNetwork(student), {name: loss}, {name: 2.0})
     with torch.autocast("cpu", torch.bfloat16):
-        total, terms = seeded(distiller, torch.zeros(4, 3, 8, 8), targets, teacher)
+        total, terms, _ = seeded(distiller, torch.zeros(4, 3, 8, 8), targets, teacher)
     expected = seeded(loss, *[convert(output, torch.float32) for output in (student, teacher)],
                       targets)
     assert total.dtype == terms[name].dtype == torch.float32
@@ -314,8 +315,9 @@ def other_value(name: str, option: str, value):
 
 
 OPTIONS = [(name, option, parameter.default) for name in list_losses()
-           for option, parameter in list(inspect.signature(
-               type(create_loss(name, STUDENT_INFO, TEACHER_INFO))).parameters.items())[2:]]
+           for option, parameter in inspect.signature(
+               type(create_loss(name, STUDENT_INFO, TEACHER_INFO))).parameters.items()
+           if option not in ("student_info", "teacher_info")]
 
 
 @pytest.mark.parametrize("name, option, default", OPTIONS)
@@ -593,8 +595,8 @@ def test_mgd_masks_nothing_in_evaluation_and_leaves_the_generator():
     student, teacher = make_output(STUDENT_INFO, 1), make_output(TEACHER_INFO, 2)
     distiller = Distiller(FixedNetwork(student), {"mgd": loss}, {"mgd": 1.0})
     before = torch.get_rng_state()
-    distiller.check(torch.zeros(4, 3, 8, 8), make_targets("soft"),
-                    FixedNetwork(teacher))
+    distiller.check(torch.zeros(4, 3, 8, 8), make_targets("soft"), FixedNetwork(teacher),
+                    batch_size=4)
     values = [loss.eval()(student, teacher, None) for _ in range(2)]
     assert torch.equal(torch.get_rng_state(), before) and values[0] == values[1]
     unmasked = make_loss("mgd", mask_ratio=0.0)
@@ -650,6 +652,23 @@ def test_unknown_loss_names_the_nearest():
 def test_unknown_option_names_the_nearest(name, option, nearest):
     with pytest.raises(UserError, match=f"'{option}' of loss '{name}'.*Did you mean '{nearest}'"):
         make_loss(name, **{option: 1})
+
+
+@pytest.mark.parametrize("name", list_losses())
+@pytest.mark.parametrize("option", ["name", "student_info", "teacher_info"])
+def test_what_the_program_passes_is_no_option(name, option):
+    with pytest.raises(UserError, match=f"^{option} .*loss '{name}'"):
+        create_loss(name, STUDENT_INFO, TEACHER_INFO, **{option: 3})
+
+
+@pytest.mark.parametrize("option", ["name=x", "student_info=3"])
+def test_such_an_option_on_the_command_line_gets_one_sentence(option, capsys, tmp_path):
+    code = train_kd.main(["--teacher", "none", "--student", "resnet_nano", "--loss", "ce", option,
+                          "--data-set", "outlines", "--output-dir", str(tmp_path / "runs")])
+    lines = capsys.readouterr().err.splitlines()
+    assert code == 2 and len(lines) == 1 and not (tmp_path / "runs").exists()
+    assert lines[0].startswith(f"train_kd.py: error: {option.partition('=')[0]} ")
+    assert "loss 'ce'" in lines[0]
 
 
 @pytest.mark.parametrize("name, options, sentence", [

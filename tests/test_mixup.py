@@ -151,7 +151,7 @@ def test_dtype_and_memory_format_of_the_images_are_kept():
 def test_odd_batch_is_refused_before_any_draw():
     images, labels = batch(5)
     for seed in range(4):
-        with pytest.raises(UserError, match="even batch, got 5"):
+        with pytest.raises(UserError, match="must be even; got 5"):
             Mixup(CLASSES, prob=0.01)(images, labels, seed)
 
 

@@ -1,4 +1,4 @@
-"""Networks: the published figures, the contract of every registered one, and wrong options."""
+"""Networks: the published numbers, the contract of every registered one, and wrong options."""
 import inspect
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
+import train_kd
 from models import create_model, list_models
 from models.convnext import ConvNeXt
 from models.layers import DropPath, drop_path_rates
@@ -33,7 +34,7 @@ FULL_MODELS = {
     **{name: (name, {}) for name in ("slak_s", "slak_b", "convnext_t_bn", "convnext_s_bn",
                                      "convnext_t", "convnext_s", "resnet50", "swin_t", "vit_b")},
 }
-FULL_FIGURES = read_json("full_models")
+FULL_REFERENCE = read_json("full_models")
 NANO = [name for name in list_models() if name.endswith("_nano")]
 WITH_DROP_PATH = [name for name in NANO if not name.startswith(("vit", "mobilenet"))]
 
@@ -53,7 +54,8 @@ def relative_error(actual: torch.Tensor, expected) -> float:
 
 
 def make_images(model: nn.Module, size: int = 64) -> torch.Tensor:
-    size = model.input_size or size
+    if model.fixed_size:
+        size = model.input_size
     return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
@@ -62,7 +64,7 @@ def meta_model(name: str, **options) -> nn.Module:
         return create_model(name, **options)
 
 
-# The published figures
+# The published numbers
 
 
 @pytest.mark.parametrize("name", MICRO_MODELS)
@@ -94,25 +96,25 @@ def test_micro_gradients_equal_the_published_code(name, fixture_npz):
         assert relative_error(gradient, expected[key]) < 1e-4, key
 
 
-@pytest.mark.parametrize("figure", FULL_MODELS)
-def test_full_size_names_and_shapes_are_the_published_ones(figure):
-    name, options = FULL_MODELS[figure]
-    model, expected = meta_model(name, **options), FULL_FIGURES[figure]
+@pytest.mark.parametrize("key", FULL_MODELS)
+def test_full_size_names_and_shapes_are_the_published_ones(key):
+    name, options = FULL_MODELS[key]
+    model, expected = meta_model(name, **options), FULL_REFERENCE[key]
     assert {key: list(value.shape) for key, value in model.state_dict().items()} == expected["keys"]
     assert model.num_parameters == expected["params"]
 
 
-@pytest.mark.parametrize("figures", [
+@pytest.mark.parametrize("names", [
     ("slak_t", "slak_t_31", "slak_t_61", "slak_s"), ("slak_b",),
     ("convnext_t", "convnext_t_bn", "convnext_s", "convnext_s_bn"),
     ("resnet50",), ("swin_t",), ("vit_b",)], ids="-".join)
-def test_full_size_logits_equal_the_published_code(figures):
+def test_full_size_logits_equal_the_published_code(names):
     """A family at a time, since its members share most of their tensors and drawing is slow."""
     images = np.random.RandomState(20230530).standard_normal((1, 3, 224, 224))
     images = torch.tensor(images, dtype=torch.float32)
     drawn = {}
-    for figure in figures:
-        name, options = FULL_MODELS[figure]
+    for key in names:
+        name, options = FULL_MODELS[key]
         if name == "swin_t":  # computes buffers when it is built
             model = create_model(name, **options).eval()
         else:  # without the initialisation, which takes longer than all the rest
@@ -120,10 +122,10 @@ def test_full_size_logits_equal_the_published_code(figures):
         drawn = fill_from(drawn, model)
         with torch.no_grad():
             logits = model(images)[0]
-        expected = FULL_FIGURES[figure]
-        assert relative_error(logits[:8], expected["logits_first8"]) < 1e-5, figure
-        assert logits.norm().item() == pytest.approx(expected["logits_norm"], rel=1e-5), figure
-        assert logits.argmax().item() == expected["argmax"], figure
+        expected = FULL_REFERENCE[key]
+        assert relative_error(logits[:8], expected["logits_first8"]) < 1e-5, key
+        assert logits.norm().item() == pytest.approx(expected["logits_norm"], rel=1e-5), key
+        assert logits.argmax().item() == expected["argmax"], key
 
 
 def fill_from(drawn: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
@@ -163,7 +165,7 @@ def test_resnet18_equals_torchvisions():
         assert relative_error(ours(images), theirs(images)) < 1e-6
 
 
-# Table of the published parameter counts: SLaK paper, table 1, and the code's own figures.
+# Table of the published parameter counts: SLaK paper, table 1, and the code's own numbers.
 @pytest.mark.parametrize("name, options, num_parameters", [
     ("slak_t", {}, 50_703_838),
     ("slak_t", {"kernel_size": KERNELS_31}, 49_581_838),
@@ -358,7 +360,8 @@ def test_vit_image_size():
     model = create_model("vit_nano", 10, image_size=64).eval()
     with torch.no_grad():
         output = model.forward_with_features(make_images(model))
-    assert model.input_size == 64 and output.features[0].shape == (2, 96, 4, 4)
+    assert model.fixed_size and model.input_size == 64
+    assert output.features[0].shape == (2, 96, 4, 4)
     with pytest.raises(UserError, match="multiple of 16, got 70"):
         create_model("vit_nano", image_size=70)
 
@@ -382,6 +385,24 @@ def test_unknown_option_names_the_nearest(name, option, nearest):
     with pytest.raises(UserError, match=f"'{option}'.*Known: .*Did you mean '{nearest}'") as caught:
         create_model(name, **{option: 1})
     assert f"model '{name}'" in str(caught.value)
+
+
+@pytest.mark.parametrize("option", [{"name": "x"}, {"num_classes": 10}])
+def test_what_the_program_passes_is_no_option(option):
+    (key,) = option
+    with pytest.raises(UserError) as caught:
+        create_model("resnet_nano", 10, **option)
+    assert str(caught.value) == (f"{key} is set by the program and cannot be an option of model "
+                                 "'resnet_nano'. Leave it out.")
+
+
+@pytest.mark.parametrize("word", ["name=x", "num_classes=10"])
+def test_what_the_program_passes_is_refused_on_the_command_line(word, capsys):
+    assert train_kd.main(["--student", "resnet_nano", word, "--data-set", "outlines", "--dry-run",
+                          "--device", "cpu"]) == 2
+    assert capsys.readouterr().err == (
+        f"train_kd.py: error: {word.partition('=')[0]} is set by the program and cannot be an "
+        "option of model 'resnet_nano'. Leave it out.\n")
 
 
 @pytest.mark.parametrize("name, options, sentence", [

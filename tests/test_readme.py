@@ -10,7 +10,8 @@ import models
 import train_kd
 from analysis import curves, erf, similarity
 from analysis.complexity import table
-from losses.base import LOSSES, create_loss
+from losses import create_loss
+from losses.base import LOSSES
 from models.base import MODELS
 from models.weights import published_table
 

@@ -677,7 +677,7 @@ def test_the_checks_can_fail(tmp_path):
 
 
 def test_the_quickstart_ends_with_its_table(tmp_path):
-    """The whole script, on a few pictures."""
+    """The whole script, on a few images."""
     command = ("bash run_scripts/quickstart.sh --data-set outlines train_size=128 val_size=20 "
                "--num-workers 0")
     result = bash(command, ROOT, L2S_PYTHON=sys.executable, RUNS=str(tmp_path / "runs"),

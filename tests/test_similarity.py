@@ -9,6 +9,7 @@ from PIL import Image
 
 import models
 from analysis.similarity import MinibatchCKA, PredictionSums, gram, main, overlap, unbiased_hsic
+from utils.registry import UserError
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -106,8 +107,7 @@ def weights(tmp_path):
 
 def command(weights, out, *more: str) -> list[str]:
     words = [word for path in weights for word in ("--model", path.stem, "--weights", str(path))]
-    words += ["--num-classes", "10"] if weights else []
-    return [*words, "--data-set", "outlines", "val_size=21", "--input-size",
+    return [*words, "--num-classes", "10", "--data-set", "outlines", "val_size=21", "--input-size",
             "32", "--batch-size", "8", "--num-workers", "0", "--out", str(out), *more]
 
 
@@ -134,8 +134,8 @@ def test_the_command_compares_the_first_with_each_of_the_others(weights, tmp_pat
     assert {row["images"] for row in rows if row["quantity"] != "CKA"} == {"21"}
     assert np.load(out / "cka-2.npy")[0, 1] == by_stage["other", "1", "2"]
     pytest.importorskip("matplotlib")
-    with Image.open(out / "similarity.png") as picture:
-        assert len(picture.convert("RGB").getcolors(10 ** 6)) > 50
+    with Image.open(out / "similarity.png") as plot:
+        assert len(plot.convert("RGB").getcolors(10 ** 6)) > 50
 
 
 def test_networks_of_one_name_are_seeds_of_one(weights, tmp_path, capsys):
@@ -189,7 +189,7 @@ def test_equal_numbers_of_other_classes_are_other_classes(tmp_path, capsys):
     assert "| one | other | 1 | 21 | - | - | - | - |" in capsys.readouterr().out
 
 
-def test_the_run_of_the_first_says_how_pictures_are_shown(tmp_path, capsys):
+def test_the_run_of_the_first_says_how_images_are_shown(tmp_path, capsys):
     for name, size in (("one", 48), ("other", 64)):
         save_trained("slak_pico", 10, tmp_path / name / "checkpoint-last.pth", input_size=size,
                      crop_pct=0.5)
@@ -197,7 +197,7 @@ def test_the_run_of_the_first_says_how_pictures_are_shown(tmp_path, capsys):
     words = ["--checkpoint", *checkpoints, "--data-set", "outlines", "val_size=21", "--batch-size",
              "8", "--num-workers", "0"]
     assert main([*words, "--out", str(tmp_path / "default")]) == 0
-    assert "21 pictures at 48 px" in capsys.readouterr().out
+    assert "21 images at 48 px" in capsys.readouterr().out
     assert main([*words, "--input-size", "48", "--crop-pct", "0.5", "--out",
                  str(tmp_path / "same")]) == 0
     assert main([*words, "--crop-pct", "0.9", "--out", str(tmp_path / "crop")]) == 0
@@ -218,17 +218,21 @@ def test_every_network_gets_its_own_normalisation(tmp_path):
 
 
 def test_batches_are_of_many_classes(tmp_path, monkeypatch):
-    """The folders are sorted by class; CKA within a class would be another figure."""
+    """The folders are sorted by class; CKA within a class would be another value."""
     seen = []
-    monkeypatch.setattr("analysis.similarity.run", lambda subjects, loader, **rest: seen.append(
-        loader.samples.source.indices))
+
+    def compare(networks, loader, *rest):
+        seen.append(loader.samples.source.indices)
+        raise UserError("seen")
+
+    monkeypatch.setattr("analysis.similarity.compare", compare)
     words = ["--model", "slak_pico", "--weights", "random"] * 2
     assert main([*words, "--num-classes", "10", "--data-set", "outlines", "val_size=90",
-                 "--input-size", "32", "--images", "64", "--out", str(tmp_path)]) == 0
+                 "--input-size", "32", "--images", "64", "--out", str(tmp_path)]) == 2
     assert sorted(seen[0]) == [*range(64)] and sum(index < 8 for index in seen[0][:8]) < 4
 
 
-def test_unreadable_pictures_are_left_out(weights, tmp_path, capsys):
+def test_unreadable_images_are_left_out(weights, tmp_path, capsys):
     for name in ("a", "b"):
         (tmp_path / "val" / name).mkdir(parents=True)
         for i in range(6):
@@ -244,7 +248,7 @@ def test_unreadable_pictures_are_left_out(weights, tmp_path, capsys):
     assert {row["images"] for row in rows if row["quantity"] == "CKA"} == {"8"}
     assert {row["images"] for row in rows if row["quantity"] != "CKA"} == {"11"}
     assert main([*words, "--batch-size", "12", "--overwrite"]) == 2
-    assert "no batch of 12 pictures without an unreadable one" in capsys.readouterr().err
+    assert "no batch of 12 images without an unreadable one" in capsys.readouterr().err
     assert main([*words, "--data-path", str(tmp_path / "val" / "a")]) == 2
 
 
@@ -272,10 +276,9 @@ def test_the_flags_matter(weights, tmp_path):
     ("--model slak_pico --weights random --model slak_t --weights random --input-size 16",
      "--input-size 16 is below one cell of slak_t"),
     ("--model slak_pico --weights random --model slak_pico --weights random --data-set outlines "
-     "val_size=3", "CKA needs 4 validation pictures at least; there are 3"),
+     "val_size=3", "CKA needs 4 validation images at least; there are 3"),
     ("--model slak_pico --weights random --model slak_pico --weights random --data-set outlines "
      "--crop-pct 0", "crop_pct is 0"),
-    ("--checkpoint a.pth --num-classes 10", "--num-classes has no effect without --model"),
     ("--num-workers -1", "--num-workers must be at least 0")])
 def test_wrong_words_get_a_sentence(tmp_path, capsys, words, telling):
     assert main([*words.split(), "--out", str(tmp_path / "out")]) == 2

@@ -10,6 +10,7 @@ from torch import nn
 import engine
 import train_kd
 from models import create_model, list_models
+from models.distiller import FrozenTeacher
 from models.sparsity import (
     FINAL_PRUNE_RATE,
     SparseMask,
@@ -21,12 +22,20 @@ from models.sparsity import (
     snip_densities,
     starting_masks,
 )
-from tests.helpers import fill_by_name, make_options, make_state, micro_slak, no_mix, read_json
+from tests.helpers import (
+    fill_by_name,
+    make_batch,
+    make_options,
+    make_state,
+    micro_slak,
+    no_mix,
+    read_json,
+)
 from utils import optim
 from utils.checkpoint import load_file, save_atomically
 from utils.registry import UserError
 
-FIGURES = read_json("sparse")
+REFERENCE = read_json("sparse")
 PRECISIONS = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -41,37 +50,37 @@ def layer(fixture_npz) -> dict[str, torch.Tensor]:
     return {name: torch.as_tensor(value) for name, value in fixture_npz("prune_grow").items()}
 
 
-# Figures of the published code
+# Numbers of the published code
 
 
 def test_what_may_be_masked_is_the_published_list():
     weights = maskable(micro_slak())
-    assert list(weights) == FIGURES["maskable"]
-    assert sum(weight.numel() for weight in weights.values()) == FIGURES["total_maskable"]
+    assert list(weights) == REFERENCE["maskable"]
+    assert sum(weight.numel() for weight in weights.values()) == REFERENCE["total_maskable"]
 
 
 def test_snip_densities_equal_the_published_ones(batch):
     model = fill_by_name(micro_slak())
     before = copy.deepcopy(model.state_dict())
-    densities = snip_densities(model, *batch, 0.6)
+    densities = snip_densities(model, maskable(model), *batch, 0.6)
     weights = maskable(model)
-    assert list(densities) == list(FIGURES["snip_density_0_6"])
-    for name, expected in FIGURES["snip_density_0_6"].items():
+    assert list(densities) == list(REFERENCE["snip_density_0_6"])
+    for name, expected in REFERENCE["snip_density_0_6"].items():
         assert densities[name] == pytest.approx(expected, abs=1e-9), name
     kept = sum(density * weights[name].numel() for name, density in densities.items())
-    assert round(kept) == int(0.6 * FIGURES["total_maskable"]) - 1  # strictly above the threshold
+    assert round(kept) == int(0.6 * REFERENCE["total_maskable"]) - 1  # strictly above the threshold
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("figures, build", [
+@pytest.mark.parametrize("key, build", [
     ("erk_density_0_6_micro", micro_slak),
     ("erk_density_0_6_SLaK_tiny_51", lambda: create_model("slak_t", 1000))])
-def test_erk_densities_equal_the_published_ones(figures, build):
+def test_erk_densities_equal_the_published_ones(key, build):
     with torch.device("meta"):
         shapes = {name: tuple(weight.shape) for name, weight in maskable(build()).items()}
     densities = erk_densities(shapes, 0.6)
-    assert densities == pytest.approx(FIGURES[figures], rel=1e-9)
+    assert densities == pytest.approx(REFERENCE[key], rel=1e-9)
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     total = sum(densities[name] * sizes[name] for name in shapes)
     assert total == pytest.approx(0.6 * sum(sizes.values()), rel=1e-9)
@@ -150,7 +159,7 @@ def test_masks_have_the_exact_number_per_layer_and_dense_layers_have_none(batch)
     model = fill_by_name(micro_slak())
     weights = maskable(model)
     masks = starting_masks(model, weights, init="erk", density=0.6, first_batch=no_batch, seed=0)
-    densities = FIGURES["erk_density_0_6_micro"]
+    densities = REFERENCE["erk_density_0_6_micro"]
     assert set(masks) == {name for name in weights if densities[name] < 0.99}
     for name, mask in masks.items():
         assert mask.sum() == round(densities[name] * mask.numel()), name
@@ -161,7 +170,7 @@ def test_masks_have_the_exact_number_per_layer_and_dense_layers_have_none(batch)
                            seed=0)
     kept = starting_masks(model, weights, init="snip-mask", density=0.6,
                           first_batch=lambda: batch, seed=0)
-    assert set(drawn) == set(kept) == set(FIGURES["snip_density_0_6"])
+    assert set(drawn) == set(kept) == set(REFERENCE["snip_density_0_6"])
     for name in drawn:
         assert drawn[name].sum() == kept[name].sum()
         # What SNIP ranks highest is mostly what is large.
@@ -174,7 +183,7 @@ def test_snip_without_a_gradient_is_refused(batch):
     with torch.no_grad():
         model.head.weight.zero_()
     with pytest.raises(UserError, match=r"SNIP cannot choose 60.0% .* only \d.* erk"):
-        snip_densities(model, *batch, 0.6)
+        snip_densities(model, maskable(model), *batch, 0.6)
 
 
 @pytest.mark.parametrize("name", [name for name in list_models() if name.endswith("_nano")])
@@ -270,8 +279,8 @@ def update(state: engine.TrainState, number: int = 1, seed: int = 0, **options) 
     state.wrapped.train()
     for _ in range(number):
         rng = torch.Generator().manual_seed(1000 * seed + state.step)
-        batches = iter([(torch.randn(2, 3, 32, 32, generator=rng),
-                         torch.randint(0, 10, (2,), generator=rng), None)
+        batches = iter([make_batch(torch.randn(2, 3, 32, 32, generator=rng),
+                                   torch.randint(0, 10, (2,), generator=rng))
                         for _ in range(options.accum_steps)])
         engine.accumulate_gradients(state, batches, None, no_mix, options)
         engine.optimizer_update(state, options.clip_grad)
@@ -377,8 +386,7 @@ def test_just_pruned_weights_come_back_only_where_nothing_else_is_left():
     mask = torch.ones_like(weight, dtype=torch.bool)
     mask.view(-1)[:100] = False
     state.sparsity._set_masks({name: mask})
-    state.sparsity._count()
-    state.sparsity.hold()
+    state.sparsity.apply_masks()
     update(state, 2)
     new = state.sparsity.masks[name]
     assert new.sum() == mask.sum() and new.view(-1)[:100].all()
@@ -392,8 +400,8 @@ def test_static_masks_never_change_and_the_last_update_changes_none():
         state = sparse_state(**options)
         update(state, 4)
         assert state.sparsity.num_changes == expected
-    assert "prune_rate" not in sparse_state(prune_every=0).figures()
-    assert sparse_state().figures() == {"density": pytest.approx(0.6, abs=1e-3),
+    assert "prune_rate" not in sparse_state(prune_every=0).metrics()
+    assert sparse_state().metrics() == {"density": pytest.approx(0.6, abs=1e-3),
                                         "prune_rate": 0.3}
 
 
@@ -449,7 +457,7 @@ def test_one_bit_per_weight_goes_there_and_back():
         assert torch.equal(other.sparsity.masks[name], mask)
         assert other.sparsity.masks[name].stride() == mask.stride()
     assert other.sparsity.density == state.sparsity.density
-    assert other.sparsity.figures() == state.sparsity.figures()
+    assert other.sparsity.metrics() == state.sparsity.metrics()
 
 
 DAMAGES = {
@@ -586,9 +594,13 @@ def test_bad_words_stop_before_the_run_folder_exists(words, telling, tmp_path, c
 
 def test_a_sparse_student_under_a_teacher(tmp_path, monkeypatch):
     """The student is masked, the teacher is not."""
-    teachers, build = [], train_kd.build_teacher
-    monkeypatch.setattr(train_kd, "build_teacher", lambda *args: teachers.append(build(*args)) or
-                        teachers[-1])
+    teachers = []
+
+    def build_frozen(*args):
+        teachers.append(FrozenTeacher(*args))
+        return teachers[-1]
+
+    monkeypatch.setattr(train_kd, "FrozenTeacher", build_frozen)
     words = ["--teacher", "slak_pico", "--teacher-weights", "random", "--student",
              "convnext_bn_pico", "dims=16,32", "--epochs", "1", *SPARSE]
     assert train_kd.main([*SMALL, *words, "--output-dir", str(tmp_path)]) == 0

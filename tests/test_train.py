@@ -100,7 +100,7 @@ def test_the_log_has_the_teachers_accuracy(tmp_path, capsys):
 @pytest.mark.parametrize("words, telling", [
     (["--teacher", "slak_t", "--model-ema", "--sparsity", "0.4"], [
         "not fetched in a dry run", "GiB of weights, gradients, optimizer state and average",
-        "G multiply-accumulates forward at 32 px, ", "% of a step", "sparsity: "]),
+        "G MACs forward at 32 px, ", "% of a step", "sparsity: "]),
     (["--teacher", "none"], ["1 x ce", "10 updates per epoch, 20 in 2 epochs"])])
 def test_a_dry_run_shows_everything_and_writes_nothing(tmp_path, capsys, words, telling):
     words = ["--student", "slak_pico", "dims=16,32", *words, "--dry-run"]
@@ -270,28 +270,34 @@ def test_a_sparse_run_killed_after_its_masks_changed_goes_on(tmp_path, monkeypat
 # Started by torchrun: train_kd.py, but every save compares the processes' masks and weights.
 COMPARING = '''
 import sys
+import engine
 import train_kd
+from utils import checkpoint
 from utils.distributed import gather_objects
 
-save = train_kd.save
+save, build_state, states = checkpoint.save, engine.build_state, []
 
-def compare(args, state, folder, names):
-    sparsity = state.sparsity
+def keep(*args, **kwargs):
+    states.append(build_state(*args, **kwargs))
+    return states[0]
+
+def compare(content, folder, names, keep):
+    sparsity = states[0].sparsity
     for name, mask in sparsity.masks.items():
         everywhere = gather_objects((mask, sparsity.weights[name].detach()))
         assert all(m.equal(mask) for m, _ in everywhere), name
         assert all(not (w[~m] != 0).any() for m, w in everywhere), name
     if names == ["checkpoint-last.pth"]:
         print(f"compared {len(sparsity.masks)} after {sparsity.num_changes} changes", flush=True)
-    save(args, state, folder, names)
+    save(content, folder, names, keep)
 
-train_kd.save = compare
+engine.build_state, checkpoint.save = keep, compare
 sys.exit(train_kd.main())
 '''
 
 
 def test_two_processes_have_the_same_masks(tmp_path):
-    """Although each has its own share of the pictures, for SNIP, too."""
+    """Although each has its own share of the images, for SNIP, too."""
     program = tmp_path / "comparing.py"
     program.write_text(f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\n{COMPARING}")
     words = ["--teacher", "none", "--student", "slak_pico", "dims=16,32", "--sparsity", "0.4",

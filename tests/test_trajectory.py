@@ -4,11 +4,13 @@ import pytest
 import torch
 
 import engine
+from data.batch import Batch
 from data.mixup import Mixup
 from models.base import IMAGENET_MEAN, IMAGENET_STD
 from models.distiller import FrozenTeacher
 from tests.helpers import (
     fill_by_name,
+    make_batch,
     make_options,
     make_state,
     micro_convnext_bn,
@@ -19,13 +21,13 @@ from tests.helpers import (
 LOSSES = {"nkd": {}, "kd": {"temperature": 1.0, "alpha": 0.1}, "ce": {}}
 
 
-def reference_batches(num_steps: int = 8) -> list[tuple]:
+def reference_batches(num_steps: int = 8) -> list[Batch]:
     """Images and labels drawn as the reference run drew them."""
     rng = np.random.RandomState(20230535)
     batches = []
     for _ in range(num_steps):
         images = torch.tensor(rng.standard_normal((8, 3, 64, 64)), dtype=torch.float32)
-        batches.append((images, torch.tensor(rng.randint(0, 10, 8)), None))
+        batches.append(make_batch(images, torch.tensor(rng.randint(0, 10, 8))))
     return batches
 
 
@@ -56,5 +58,5 @@ def test_eight_steps_equal_the_published_code(name):
     np.testing.assert_allclose(seen, expected["losses"], rtol=1e-4)
     student.eval()
     with torch.no_grad():
-        logits = student(batches[-1][0]).flatten()[:16]
+        logits = student(batches[-1].images).flatten()[:16]
     np.testing.assert_allclose(logits, expected["final_eval_logits_first16"], atol=1e-4)

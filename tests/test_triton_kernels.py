@@ -1,4 +1,4 @@
-"""models/triton_kernels.py against torch's convolution and its gradients in float64.
+"""models/large_kernel/triton.py against PyTorch's convolution and its gradients in float64.
 
 Triton's interpreter must be chosen before Triton is imported, so the comparisons run in a process
 of their own: this file, as a script. It prints one line for each comparison that fails.
@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.large_kernel import triton
+from models.large_kernel.triton import BACKEND, triton
 
 ROOT = Path(__file__).parent.parent
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # of the maximum
@@ -50,25 +50,23 @@ def references(x, kernels, gradients):
 
 
 def comparisons(case, dtype: torch.dtype, device: str, channels_last: bool):
-    """(what, got, expected) of every public function."""
-    from models.large_kernel import triton as ours
+    """(what, got, expected) of every method."""
     num_images, channels, size, sizes = case
     layout = torch.channels_last if channels_last else torch.contiguous_format
     x, *gradients = [torch.randn(num_images, channels, *size).to(device, dtype).contiguous(
         memory_format=layout) for _ in (None, *sizes)]
-    # Parameters stay in float32 under autocast; what they are rounded to is no error of ours.
+    # Parameters stay in float32 under autocast; what they are rounded to is no error of BACKEND.
     kernels = [torch.randn(channels, 1, *edges).to(dtype).float().to(device) for edges in sizes]
     outputs, by_branch, of_sum = references(x, kernels, gradients)
-    prepared = ours.prepare(kernels, *size, dtype)
+    prepared = BACKEND.prepare(kernels, *size, dtype)
     same = gradients[:1] * len(sizes)
-    yield "total", ours.total(x, kernels), sum(outputs)
-    bias = torch.randn(channels).to(device)
-    yield ("total, prepared, with a bias", ours.total(x, kernels, prepared, bias),
-           sum(outputs) + bias.cpu().double().view(-1, 1, 1))
-    yield from zip(["outputs"] * len(sizes), ours.outputs(x, kernels), outputs)
+    for bias in (torch.zeros(channels), torch.randn(channels)):
+        yield ("total", BACKEND.total(x, kernels, prepared, bias.to(device)),
+               sum(outputs) + bias.double().view(-1, 1, 1))
+    yield from zip(["outputs"] * len(sizes), BACKEND.outputs(x, kernels), outputs)
     for name, given, expected in (("each", gradients, by_branch), ("one", same, of_sum)):
-        yield f"input gradient, {name}", ours.input_gradient(given, kernels), expected[0]
-        found = ours.kernel_gradients(x, given, sizes)
+        yield f"input gradient, {name}", BACKEND.input_gradient(given, kernels), expected[0]
+        found = BACKEND.kernel_gradients(x, given, sizes)
         assert all(gradient.dtype == torch.float32 for gradient in found)
         yield from zip([f"kernel gradient {k}, {name}" for k in sizes], found, expected[1:])
 
@@ -116,14 +114,9 @@ def test_kernels_on_a_gpu_equal_convolutions():
     assert SUCCESS in said, said
 
 
-@pytest.fixture
-def ours():
-    return triton
-
-
-def test_cpu_is_refused_in_a_sentence(ours):
-    reason = ours.why_not(torch.device("cpu"))
-    if os.environ.get("TRITON_INTERPRET") == "1" and ours.triton:
+def test_cpu_is_refused_in_a_sentence():
+    reason = BACKEND.why_not(torch.device("cpu"))
+    if os.environ.get("TRITON_INTERPRET") == "1" and triton:
         assert reason is None
     else:
         assert reason.endswith(".") and ("GPU" in reason or "installed" in reason)
@@ -131,18 +124,20 @@ def test_cpu_is_refused_in_a_sentence(ours):
 
 def test_missing_triton_is_said_when_asked_not_when_imported():
     code = ("import sys; sys.modules['triton'] = None; import torch\n"
-            "from models import triton_kernels\n"
-            "print(triton_kernels.why_not(torch.device('cpu')))")
+            "from models.large_kernel.triton import BACKEND\n"
+            "print(BACKEND.why_not(torch.device('cpu')))")
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
     assert run.stdout == "Triton is not installed.\n", run.stderr
 
 
-def test_wrong_arguments_are_named(ours):
-    x, kernel = torch.zeros(1, 2, 8, 8), torch.zeros(2, 1, 5, 3)
-    for call in (lambda: ours.total(x.double(), [kernel]), lambda: ours.total(x, []),
-                 lambda: ours.total(x, [kernel[:1]]), lambda: ours.outputs(x, [kernel[..., :2]]),
-                 lambda: ours.input_gradient([x], [kernel, kernel]),
-                 lambda: ours.kernel_gradients(x, [x[:, :, 1:]], [(5, 3)])):
+def test_wrong_arguments_are_named():
+    x, kernel, bias = torch.zeros(1, 2, 8, 8), torch.zeros(2, 1, 5, 3), torch.zeros(2)
+    for call in (lambda: BACKEND.total(x.double(), [kernel], [], bias),
+                 lambda: BACKEND.total(x, [], [], bias),
+                 lambda: BACKEND.total(x, [kernel[:1]], [], bias),
+                 lambda: BACKEND.outputs(x, [kernel[..., :2]]),
+                 lambda: BACKEND.input_gradient([x], [kernel, kernel]),
+                 lambda: BACKEND.kernel_gradients(x, [x[:, :, 1:]], [(5, 3)])):
         with pytest.raises(ValueError, match="got"):
             call()
 

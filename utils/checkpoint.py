@@ -1,14 +1,18 @@
-"""Files that are either whole or not there."""
+"""Checkpoints and the folder of a run: files that are either whole or not there, what a start may
+continue, and what it must not touch."""
 import argparse
 import os
 import pickle
+import shlex
 import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+import yaml
 
 from utils.distributed import barrier, gather_objects, is_main
 from utils.registry import UserError, one_line
@@ -114,22 +118,35 @@ FREE_ON_RESUME = frozenset({
     "config", "output_dir", "resume", "auto_resume", "device", "num_workers", "print_every",
     "save_freq", "save_num", "save_every_steps", "tensorboard", "skip_bad_images", "data_path",
     "student_weights", "student_weights_key", "compile", "channels_last", "batch_size",
-    "accum_steps", "world_size", "git", "dry_run", "large_kernel", "teacher_stream",
-    "log_kd_health"})
+    "accum_steps", "world_size", "git", "dry_run", "large_kernel",
+    "teacher_stream", "log_kd_health"})  # the last two: only files of older versions have them
 
 
-# What a run starts from:
-# 1. --resume FILE;
-# 2. without it, the run folder's own checkpoint-last.pth, unless --no-auto-resume;
-# 3. without either, --student-weights;
-# 4. without that, random weights.
-# --teacher-weights has no part in it. Nothing already in the folder is ever overwritten by a run
-# that does not continue it.
-def find_checkpoint(folder: Path, resume: Path | None, auto_resume: bool,
-                    settings: dict[str, Any], defaults: dict[str, Any]
-                    ) -> tuple[Path, dict[str, Any]] | None:
+def find_saved(folder: Path, resume: Path | None, auto_resume: bool, settings: dict[str, Any],
+               defaults: dict[str, Any]) -> tuple[Path, dict[str, Any]] | None:
     """The file to continue and its content, checked against this start's `settings`; None for a
-    new run. A setting that the file does not know had its default."""
+    new run: `resume`, else with `auto_resume` the folder's own checkpoint-last.pth.
+
+    A setting that the file does not know had its default. Raises UserError where the folder holds
+    another run: nothing in it is ever overwritten by a run that does not continue it; and where the
+    processes do not all see the same.
+    """
+    saved = _read_saved(folder, resume, auto_resume)
+    if saved is not None:
+        path, content = saved
+        changes = describe_changes({**defaults, **content["args"]}, settings, FREE_ON_RESUME)
+        if changes:
+            raise UserError(f"{path} is from a run with other settings ({'; '.join(changes)}). "
+                            "Repeat its settings to continue it, or set another --output-dir.")
+    steps = gather_objects(saved[1]["step"] if saved else None)
+    if len(set(steps)) > 1:
+        raise UserError(f"the processes do not see the same checkpoint in {folder} (updates "
+                        f"{steps}). --output-dir must be on storage that all machines share.")
+    return saved
+
+
+def _read_saved(folder: Path, resume: Path | None, auto_resume: bool
+                ) -> tuple[Path, dict[str, Any]] | None:
     last = folder / LAST
     remains = sorted(path.name for path in folder.glob("*")
                      if path.suffix == ".pth" or path.name == "log.txt")
@@ -156,10 +173,6 @@ def find_checkpoint(folder: Path, resume: Path | None, auto_resume: bool,
     if "optimizer" not in saved or not isinstance(saved.get("args"), dict):
         raise UserError(f"{path} is not a checkpoint of this program's training. Weights alone are "
                         "loaded with --student-weights.")
-    changes = describe_changes({**defaults, **saved["args"]}, settings, FREE_ON_RESUME)
-    if changes:
-        raise UserError(f"{path} is from a run with other settings ({'; '.join(changes)}). Repeat "
-                        "its settings to continue it, or set another --output-dir.")
     return path, saved
 
 
@@ -174,7 +187,7 @@ def restore(state: Any, path: Path, saved: dict[str, Any]) -> None:
                         "another file with --resume, or set another --output-dir.") from None
 
 
-def checkpoint_names(epoch: int, is_last: bool, save_freq: int, best: list[str]) -> list[str]:
+def checkpoint_names(epoch: int, is_last: bool, save_freq: int, best: Sequence[str]) -> list[str]:
     """The files that the state after `epoch` goes to. `best` has '' when the student and '_ema'
     when its average was never as good as now."""
     names = [LAST]
@@ -193,9 +206,16 @@ def save(content: dict[str, Any], folder: Path, names: list[str], keep: int) -> 
     barrier()
 
 
-def check_same_start(saved: tuple[Path, dict] | None, folder: Path) -> None:
-    """All processes continue the same update, or all start afresh."""
-    steps = gather_objects(saved[1]["step"] if saved else None)
-    if len(set(steps)) > 1:
-        raise UserError(f"the processes do not see the same checkpoint in {folder} (updates "
-                        f"{steps}). --output-dir must be on storage that all machines share.")
+def write_run_files(folder: Path, settings: dict[str, Any]) -> None:
+    """args.yaml with every resolved value, and command.txt with one line per start. Called by all
+    processes; the first one writes."""
+    if is_main():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text_atomically(yaml.safe_dump(settings, sort_keys=False), folder / "args.yaml")
+            with open(folder / "command.txt", "a") as file:
+                file.write(f"{shlex.join(sys.argv)}  # {settings['world_size']} process(es), "
+                           f"git {settings['git']}\n")
+        except OSError as error:
+            raise UserError(f"cannot write to the run folder {folder}: {error}.") from None
+    barrier()

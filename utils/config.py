@@ -1,13 +1,19 @@
-"""Command lines: recipes set defaults, the command line wins, unknown words are errors."""
+"""Command lines: recipes set defaults, the command line wins, unknown words are errors. And the
+programs that they start: how one ends."""
 import argparse
-import shlex
+import functools
+import math
+import os
+import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 import yaml
 
-from utils.checkpoint import write_text_atomically
+from utils import distributed
 from utils.registry import UserError, did_you_mean
 
 
@@ -21,94 +27,88 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--config", type=Path, metavar="YAML", help="recipe of defaults")
 
     def parse(self, argv: list[str]) -> argparse.Namespace:
-        """The namespace; `args.given` holds the names that the command line itself set."""
-        argv = [_dashed(word) for word in argv]
-        recipe = self._config_path(argv)
-        defaults = self._read_recipe(recipe) if recipe is not None else {}
-        # argparse would append the command line's values to a default list: held back until after.
-        lists = {name: defaults.pop(name) for name in list(defaults)
-                 if any(action.dest == name and isinstance(action, argparse._AppendAction)
-                        for action in self._actions)}
-        self.set_defaults(**defaults)
-        args, unknown = self.parse_known_args(argv)
+        """Every flag's value, in the parser's order: the command line's, else the recipe's, else
+        its default. `args.given` names what the command line set, `args.defaults` all defaults."""
+        defaults = {action.dest: action.default for action in self._actions
+                    if action.dest != "help"}
+        given = self._values([_dashed(word) for word in argv], defaults)
+        recipe: dict[str, Any] = {}
+        if "config" in given:
+            try:
+                # The command line may hold what the parser requires; its own values win below.
+                words = self._recipe_words(given["config"])
+                recipe = self._values([*words, *map(_dashed, argv)], defaults)
+            except UserError as error:
+                raise UserError(f"--config {given['config']}: {error}") from None
+        args = argparse.Namespace(**{**defaults, **recipe, **given})
+        args.given, args.defaults = sorted(given), defaults
+        return args
+
+    def error(self, message: str) -> NoReturn:
+        # "argument --lr: must be ..." reads better as "--lr must be ..."
+        message = re.sub(r"^argument (--[\w-]+)\S*: (?=must )", r"\1 ", message)
+        end = "" if message.endswith((".", "?")) else "."
+        raise UserError(f"{message}{end} See {self.prog} --help.")
+
+    def _values(self, words: list[str], names: dict[str, Any]) -> dict[str, Any]:
+        """What these words set, by name; nothing for a flag that is not among them."""
+        # argparse leaves alone what the namespace already has, so None stays where no word is.
+        blank = argparse.Namespace(**dict.fromkeys(names))
+        args, unknown = self.parse_known_args(words, blank)
         if unknown:
             flag = unknown[0].partition("=")[0]
             self.error(f"unknown argument {unknown[0]!r}."
                        f"{did_you_mean(flag, self._option_string_actions)}")
-        flags = {self._option_string_actions[word.partition("=")[0]].dest for word in argv
-                 if word.partition("=")[0] in self._option_string_actions}
-        args.given = sorted(flags)
-        for name in lists.keys() - flags:
-            setattr(args, name, lists[name])
-        return args
+        return {name: value for name, value in vars(args).items() if value is not None}
 
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} See {self.prog} --help.")
-
-    def _config_path(self, argv: list[str]) -> Path | None:
-        for i, word in enumerate(argv):
-            flag, separator, value = word.partition("=")
-            if flag == "--config":
-                value = value if separator else "".join(argv[i + 1:i + 2])
-                if not value or value.startswith("--"):
-                    self.error("argument --config: expected a YAML file.")
-                return Path(value)
-        return None
-
-    def _read_recipe(self, path: Path) -> dict[str, Any]:
+    def _recipe_words(self, path: Path) -> list[str]:
+        """The recipe as a command line would say it."""
         try:
             content = yaml.safe_load(path.read_text()) or {}
         except OSError as error:
-            raise UserError(f"--config {path} cannot be read ({error.strerror}).") from None
+            raise UserError(f"it cannot be read ({error.strerror}).") from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"--config {path} is not readable YAML: {error}") from None
+            raise UserError(f"it is not readable YAML: {error}") from None
         if not isinstance(content, dict):
-            raise UserError(f"--config {path} must be a mapping of flag names to values.")
-        actions = {action.dest: action for action in self._actions}
-        defaults = {}
+            raise UserError("it must be a mapping of flag names to values.")
+        actions = {action.dest: action for action in self._actions
+                   if action.dest not in ("help", "config")}
+        words = []
         for key, value in content.items():
-            dest = str(key).replace("-", "_")
-            if dest not in actions or dest in ("help", "config"):
-                raise UserError(f"--config {path}: unknown key {key!r}."
-                                f"{did_you_mean(dest, actions)}")
-            defaults[dest] = self._converted(actions[dest], value, f"--config {path}: {key}")
-        return defaults
-
-    def _converted(self, action: argparse.Action, value: Any, where: str) -> Any:
-        """A YAML value as the flag would have given it: same type, same choices."""
-        if value is None:
-            if action.default is not None:
-                wanted = {int: "a whole number", float: "a number"}.get(action.type, "a value")
-                raise UserError(f"{where} takes {wanted}, got none; leave the key out for the "
-                                f"default, {action.default}.")
-            return None
-        if isinstance(action, argparse.BooleanOptionalAction):
-            if not isinstance(value, bool):
-                raise UserError(f"{where} must be true or false, got {value!r}.")
-            return value
-        if isinstance(action, argparse._AppendAction):
-            lists = value if isinstance(value, list) else [value]
-            return [_words(item) for item in lists]
-        if action.nargs is None:
-            return self._element(action, value, where)
-        words = _words(value)
-        if isinstance(action.nargs, int) and len(words) != action.nargs:
-            raise UserError(f"{where} takes {action.nargs} values, got {value!r}.")
-        return [self._element(action, word, where) for word in words]
-
-    def _element(self, action: argparse.Action, value: Any, where: str) -> Any:
-        try:
-            value = self._get_value(action, str(value))
-        except argparse.ArgumentError as error:
-            raise UserError(f"{where}: {error}") from None
-        if action.choices is not None and value not in action.choices:
-            raise UserError(f"{where} must be one of {', '.join(map(str, action.choices))}; "
-                            f"got {value!r}.")
-        return value
+            name = str(key).replace("-", "_")
+            if name not in actions:
+                raise UserError(f"unknown key {key!r}.{did_you_mean(name, actions)}")
+            words += _flag_words(actions[name], key, value)
+        return words
 
 
-def _words(value: Any) -> list[str]:
-    return [str(item) for item in value] if isinstance(value, list) else str(value).split()
+def _flag_words(action: argparse.Action, key: str, value: Any) -> list[str]:
+    """A flag and its values as words, from a YAML value."""
+    flag = "--" + action.dest.replace("_", "-")
+    if value is None:
+        if action.default is None:
+            return []
+        raise UserError(f"{key} takes a value, got none; leave the key out for the default, "
+                        f"{action.default}.")
+    if isinstance(action, argparse.BooleanOptionalAction):
+        if not isinstance(value, bool):
+            raise UserError(f"{key} must be true or false, got {value!r}.")
+        return [flag if value else f"--no-{flag[2:]}"]
+    if isinstance(value, dict):
+        raise UserError(f"{key} takes a value or a list of values, got {value!r}.")
+    if isinstance(action, argparse._AppendAction):  # given once for each item of a list
+        items = value if isinstance(value, list) else [value]
+        return [word for item in items for word in (flag, *_words(item, key))]
+    if action.nargs is None:
+        return [f"{flag}={value}"]
+    return [flag, *_words(value, key)]
+
+
+def _words(value: Any, key: str) -> list[str]:
+    words = [str(item) for item in value] if isinstance(value, list) else str(value).split()
+    if any(word.startswith("--") for word in words):
+        raise UserError(f"{key} takes values, not flags; got {value!r}.")
+    return words
 
 
 def _dashed(word: str) -> str:
@@ -118,19 +118,72 @@ def _dashed(word: str) -> str:
     return flag.replace("_", "-") + separator + value
 
 
+# Types of flags, for add_argument(type=...). A limit that is an int makes a flag of whole numbers.
+
+def at_least(limit: int | float) -> Callable[[str], int | float]:
+    """Finite numbers of `limit` or more."""
+    return _number(limit, lambda value: limit <= value < math.inf, f"at least {limit:g}")
+
+
+def between(low: int | float, high: int | float) -> Callable[[str], int | float]:
+    """Numbers from `low` to `high`, both included."""
+    return _number(low, lambda value: low <= value <= high, f"from {low:g} to {high:g}")
+
+
+def below_one(text: str) -> float:
+    """A number in [0, 1)."""
+    return _number(0.0, lambda value: 0 <= value < 1, "in [0, 1)")(text)
+
+
+def _number(like: int | float, is_allowed: Callable[[float], bool], words: str
+            ) -> Callable[[str], int | float]:
+    kind, noun = (int, "a whole number") if isinstance(like, int) else (float, "a number")
+
+    def convert(text: str) -> int | float:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be {noun} {words}, got {text!r}") from None
+        if not is_allowed(value):
+            raise argparse.ArgumentTypeError(f"must be {words}, got {text}")
+        return value
+
+    return convert
+
+
+def program(name: str, build_parser: Callable[[], Parser]
+            ) -> Callable[[Callable[[argparse.Namespace], int]], Callable[..., int]]:
+    """Decorator that makes of `main(args)` a program `main(argv=None)`: it parses `argv` (None:
+    sys.argv), runs, and returns the exit code. An error that is the user's to mend becomes one
+    sentence on standard error and code 2."""
+    def decorator(main: Callable[[argparse.Namespace], int]) -> Callable[..., int]:
+        @functools.wraps(main)
+        def run(argv: list[str] | None = None) -> int:
+            try:
+                code = main(build_parser().parse(sys.argv[1:] if argv is None else argv))
+            except UserError as error:
+                message, code = f"error: {error}", 2
+            except torch.OutOfMemoryError as error:
+                message, code = (f"error: the GPU's memory is full ({str(error).splitlines()[0]}). "
+                                 "Lower --batch-size; the effective batch can stay."), 2
+            except KeyboardInterrupt:
+                message, code = "interrupted; what was saved before is kept.", 130
+            except RuntimeError as error:
+                if not distributed.is_lost_peer(error):
+                    raise
+                message, code = "error: another process ended; its own message says why.", 2
+            else:
+                distributed.shutdown()
+                return code
+            many = int(os.environ.get("WORLD_SIZE", 1)) > 1
+            who = f"{name} (process {os.environ['RANK']})" if many else name
+            print(f"{who}: {message}", file=sys.stderr, flush=True)
+            return code
+        return run
+    return decorator
+
+
 def plain(args: argparse.Namespace) -> dict[str, Any]:
     """The namespace as a dict of plain values, for checkpoints and args.yaml."""
     return {name: str(value) if isinstance(value, Path) else value
-            for name, value in sorted(vars(args).items()) if name != "given"}
-
-
-def write_run_files(folder: Path, args: argparse.Namespace) -> None:
-    """args.yaml with every resolved value, and command.txt with one line per start."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(yaml.safe_dump(plain(args), sort_keys=True), folder / "args.yaml")
-        with open(folder / "command.txt", "a") as file:
-            file.write(f"{shlex.join(sys.argv)}  # {args.world_size} process(es), "
-                       f"git {args.git}\n")
-    except OSError as error:
-        raise UserError(f"cannot write to the run folder {folder}: {error}.") from None
+            for name, value in vars(args).items() if name not in ("given", "defaults")}

@@ -1,8 +1,6 @@
 """One process or many, started by torchrun; every function also works with one."""
 import os
 import signal
-import sys
-from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -36,30 +34,6 @@ def setup(device: str) -> torch.device:
 def shutdown() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def run_program(program: str, run: Callable[[], int]) -> int:
-    """The exit code of `run`; an error that is the user's to mend becomes one sentence and 2."""
-    many = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    who = f"{program} (process {os.environ['RANK']})" if many else program
-    try:
-        code = run()
-    except UserError as error:
-        message, code = f"error: {error}", 2
-    except torch.OutOfMemoryError as error:
-        message, code = (f"error: the GPU's memory is full ({str(error).splitlines()[0]}). Lower "
-                         "--batch-size; the effective batch can stay."), 2
-    except KeyboardInterrupt:
-        message, code = "interrupted; what was saved before is kept.", 130
-    except RuntimeError as error:
-        if not is_lost_peer(error):
-            raise
-        message, code = "error: another process ended; its own message says why.", 2
-    else:
-        shutdown()
-        return code
-    print(f"{who}: {message}", file=sys.stderr, flush=True)
-    return code
 
 
 def is_lost_peer(error: RuntimeError) -> bool:

@@ -1,8 +1,9 @@
-"""What a run says while it runs: progress, one JSON object per epoch, TensorBoard."""
+"""What a run tells: printed lines, tables, progress, means of an epoch, log.txt, TensorBoard."""
 import json
 import math
 import resource
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,65 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30
 
 
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]],
+                   num_text_columns: int = 1) -> str:
+    """A Markdown table; its first `num_text_columns` are aligned left and the others right."""
+    lines = ["| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
+             for cells in (header, *rows)]
+    rule = ["---"] * num_text_columns + ["---:"] * (len(header) - num_text_columns)
+    return "\n".join([lines[0], f"|{'|'.join(rule)}|", *lines[1:]])
+
+
+class Meter:
+    """Means of scalars over an epoch, their sums kept on the device until asked for."""
+
+    def __init__(self) -> None:
+        # float64: a resume must not change an epoch's mean.
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, Tensor] = {}
+        self.failed_at: dict[str, Tensor] = {}  # first update with a NaN or infinity, else inf
+
+    def add(self, values: dict[str, Tensor], step: int) -> None:
+        """Count a value each. One that is not finite is left out, and its step is remembered."""
+        for name, value in values.items():
+            value = value.detach().double()
+            is_finite = value.isfinite()
+            self.sums[name] = self.sums.get(name, 0) + torch.where(is_finite, value, 0)
+            self.counts[name] = self.counts.get(name, 0) + is_finite.double()
+            failed_at = torch.where(is_finite, math.inf, float(step))
+            self.failed_at[name] = torch.minimum(self.failed_at.get(name, failed_at), failed_at)
+
+    def failures(self) -> list[tuple[float, str]]:
+        """First step and name of whatever was not finite, on any process, the earliest first."""
+        local = [(step.item(), name) for name, step in self.failed_at.items()
+                 if math.isfinite(step.item())]
+        if not sum_over_ranks(torch.tensor([float(len(local))])).item():
+            return []
+        everywhere = [failure for share in gather_objects(local) for failure in share]
+        return sorted(everywhere, key=lambda failure: failure[0])  # stable: terms before the total
+
+    def means(self) -> dict[str, float]:
+        """Averages of the finite values of the epoch so far and all processes; NaN where there
+        were none. Waits for the device."""
+        sums, counts = self._global(self.sums), self._global(self.counts)
+        return {name: sums[name] / counts[name] if counts[name] else math.nan for name in sums}
+
+    def _global(self, values: dict[str, Tensor]) -> dict[str, float]:
+        """Averaged over the processes; called by all of them."""
+        if not values:
+            return {}
+        stacked = torch.stack([value.cpu() for value in values.values()])
+        return dict(zip(values, (sum_over_ranks(stacked) / world_size()).tolist()))
+
+    def state_dict(self) -> dict[str, dict[str, float]]:
+        return {"sums": self._global(self.sums), "counts": self._global(self.counts)}
+
+    def load_state_dict(self, state: dict[str, dict[str, float]], device: torch.device) -> None:
+        for name in ("sums", "counts"):
+            setattr(self, name, {key: torch.tensor(value, dtype=torch.float64, device=device)
+                                 for key, value in state[name].items()})
+
+
 class RunLog:
     """log.txt, one JSON object per epoch, and TensorBoard events beside it if asked for."""
 
@@ -77,55 +137,3 @@ def summary_writer_class() -> type:
         raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard, "
                         "or leave the flag out.") from None
     return SummaryWriter
-
-
-class Meter:
-    """Means of scalars over an epoch, their sums kept on the device until asked for."""
-
-    def __init__(self) -> None:
-        # float64: a resume must not change an epoch's mean.
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, Tensor] = {}
-        self.failed_at: dict[str, Tensor] = {}  # first update with a NaN or infinity, else inf
-
-    def add(self, values: dict[str, Tensor], step: int, *, may_be_missing: bool = False) -> None:
-        """Count a value each, unless it is not finite: then its step is remembered, as that of a
-        failure, or, where it may be missing, nothing is."""
-        for name, value in values.items():
-            value = value.detach().double()
-            is_good = value.isfinite()
-            self.sums[name] = self.sums.get(name, 0) + torch.where(is_good, value, 0)
-            self.counts[name] = self.counts.get(name, 0) + is_good.double()
-            if not may_be_missing:
-                failed_at = torch.where(is_good, math.inf, float(step))
-                self.failed_at[name] = torch.minimum(self.failed_at.get(name, failed_at), failed_at)
-
-    def failures(self) -> list[tuple[float, str]]:
-        """First step and name of whatever was not finite, on any process, the earliest first."""
-        local = [(step.item(), name) for name, step in self.failed_at.items()
-                 if math.isfinite(step.item())]
-        if not sum_over_ranks(torch.tensor([float(len(local))])).item():
-            return []
-        everywhere = [failure for share in gather_objects(local) for failure in share]
-        return sorted(everywhere, key=lambda failure: failure[0])  # stable: terms before the total
-
-    def means(self) -> dict[str, float]:
-        """Averages of the finite values of the epoch so far and all processes; NaN where there
-        were none. Waits for the device."""
-        sums, counts = self._global(self.sums), self._global(self.counts)
-        return {name: sums[name] / counts[name] if counts[name] else math.nan for name in sums}
-
-    def _global(self, values: dict[str, Tensor]) -> dict[str, float]:
-        """Averaged over the processes; called by all of them."""
-        if not values:
-            return {}
-        stacked = torch.stack([value.cpu() for value in values.values()])
-        return dict(zip(values, (sum_over_ranks(stacked) / world_size()).tolist()))
-
-    def state_dict(self) -> dict[str, dict[str, float]]:
-        return {"sums": self._global(self.sums), "counts": self._global(self.counts)}
-
-    def load_state_dict(self, state: dict[str, dict[str, float]], device: torch.device) -> None:
-        for name in ("sums", "counts"):
-            setattr(self, name, {key: torch.tensor(value, dtype=torch.float64, device=device)
-                                 for key, value in state[name].items()})

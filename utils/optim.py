@@ -1,13 +1,36 @@
-"""Parameter groups, schedules and the optimizer of the recipe."""
+"""What an update is made of: its batch, parameter groups, the optimizer, schedules, the average."""
 import copy
 import math
-from argparse import ArgumentParser, BooleanOptionalAction
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from utils.registry import UserError
+
+
+def resolve_batch(batch_size: int, world_size: int, accum_steps: int | None, effective: int | None,
+                 *, default: int) -> tuple[int, int]:
+    """Micro-batches per update, and images per update over all processes.
+
+    What the user set of `accum_steps` and `effective` holds (None: not set); with neither,
+    `default` images. Raises UserError where the numbers do not go together.
+    """
+    per_micro_step = batch_size * world_size
+    product = f"{world_size} process(es) x {batch_size} images"
+    if accum_steps is not None:
+        total = per_micro_step * accum_steps
+        if effective not in (None, total):
+            raise UserError(f"--effective-batch {effective} contradicts {product} x --accum-steps "
+                            f"{accum_steps} = {total}. Leave one of them out.")
+        return accum_steps, total
+    wanted = default if effective is None else effective
+    accum_steps, rest = divmod(wanted, per_micro_step)
+    if rest or not accum_steps:
+        raise UserError(f"--effective-batch {wanted} is not a multiple of {product} = "
+                        f"{per_micro_step}. Change --batch-size or --effective-batch, or set "
+                        "--accum-steps.")
+    return accum_steps, wanted
 
 
 def parameter_groups(model: nn.Module, weight_decay: float,
@@ -74,6 +97,16 @@ def cosine_schedule(base: float, final: float, total_steps: int,
     return value
 
 
+def build_schedule(total_steps: int, warmup_steps: int, *, lr: float, min_lr: float,
+                   weight_decay: float, weight_decay_end: float | None
+                   ) -> Callable[[int], dict[str, float]]:
+    """step -> the recipe's `lr` and `weight_decay` (constant without `weight_decay_end`)."""
+    lr_at = cosine_schedule(lr, min_lr, total_steps, warmup_steps)
+    end = weight_decay if weight_decay_end is None else weight_decay_end
+    weight_decay_at = cosine_schedule(weight_decay, end, total_steps)
+    return lambda step: {"lr": lr_at(step), "weight_decay": weight_decay_at(step)}
+
+
 def set_hyperparameters(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
     """Apply the schedules' values: every group its scaled rate, and `weight_decay` where the group
     decays at all."""
@@ -81,33 +114,6 @@ def set_hyperparameters(optimizer: torch.optim.Optimizer, lr: float, weight_deca
         group["lr"] = lr * group["lr_scale"]
         if group["decays"]:
             group["weight_decay"] = weight_decay
-
-
-def add_optimisation_flags(parser: ArgumentParser) -> None:
-    """The command line's words for the optimizer, its schedule and the average of the weights."""
-    group = parser.add_argument_group("optimisation")
-    flag = group.add_argument
-    flag("--epochs", type=int, default=300, help="epochs")
-    flag("--batch-size", type=int, default=64, help="images per process and micro-batch")
-    flag("--effective-batch", type=int, default=4096, help="images per update, over all processes")
-    flag("--accum-steps", "--update-freq", type=int, default=None,
-         help="micro-batches per update; by default what --effective-batch needs")
-    flag("--lr", type=float, default=4e-3, help="peak learning rate, not scaled with the batch")
-    flag("--min-lr", type=float, default=1e-6, help="where the cosine ends")
-    flag("--warmup-epochs", type=float, default=20, help="linear warm-up from 0, in epochs")
-    flag("--warmup-steps", type=int, default=None, help="the same in updates; wins")
-    flag("--weight-decay", type=float, default=0.05, help="AdamW's, not on 1-D parameters")
-    flag("--weight-decay-end", type=float, default=None, help="cosine towards it; default constant")
-    flag("--layer-decay", type=float, default=1.0, help="layer-wise learning rate decay, 1 = off")
-    flag("--opt-betas", type=float, nargs=2, default=[0.9, 0.999], help="AdamW's")
-    flag("--opt-eps", type=float, default=1e-8, help="AdamW's")
-    flag("--clip-grad", type=float, default=None, help="largest gradient norm; default: no limit")
-    flag("--model-ema", action=BooleanOptionalAction, default=False,
-         help="keep and evaluate an average of the student's weights")
-    flag("--model-ema-decay", type=float, default=0.9999, help="per update")
-    flag("--model-ema-warmup", action=BooleanOptionalAction, default=False,
-         help="start with a smaller decay; for short runs")
-    flag("--seed", type=int, default=0, help="of everything random")
 
 
 class ModelEma:
@@ -148,27 +154,3 @@ def _update_masked(average: Tensor, value: Tensor, mask: Tensor, decay: float) -
     # Products with bytes take half the time of torch.where.
     new = value * (average == 0).view(torch.uint8)
     average.lerp_(value, 1 - decay).add_(new, alpha=decay).mul_(mask.view(torch.uint8))
-
-
-def resolve_batch(batch_size: int, world_size: int, accum_steps: int | None, effective: int | None,
-                 *, default: int) -> tuple[int, int]:
-    """Micro-batches per update, and images per update over all processes.
-
-    What the user set of `accum_steps` and `effective` holds (None: not set); with neither,
-    `default` images. Raises UserError where the numbers do not go together.
-    """
-    per_micro_step = batch_size * world_size
-    product = f"{world_size} process(es) x {batch_size} images"
-    if accum_steps is not None:
-        total = per_micro_step * accum_steps
-        if effective not in (None, total):
-            raise UserError(f"--effective-batch {effective} contradicts {product} x --accum-steps "
-                            f"{accum_steps} = {total}. Leave one of them out.")
-        return accum_steps, total
-    wanted = default if effective is None else effective
-    accum_steps, rest = divmod(wanted, per_micro_step)
-    if rest or not accum_steps:
-        raise UserError(f"--effective-batch {wanted} is not a multiple of {product} = "
-                        f"{per_micro_step}. Change --batch-size or --effective-batch, or set "
-                        "--accum-steps.")
-    return accum_steps, wanted

@@ -1,10 +1,10 @@
 """Named builders, and the `name key=value ...` options that reach them from the command line."""
 import difflib
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-_WORDS = {"true": True, "false": False, "none": None}
+_CONSTANTS = {"true": True, "false": False, "none": None}
 
 
 class Registry:
@@ -42,21 +42,26 @@ class Registry:
                if parameter.default is not inspect.Parameter.empty}
         return {**own, **defaults}
 
-    def create(self, name: str, *args: Any, **options: Any) -> Any:
-        """Build `name`; `options` win over its registered defaults.
+    def create(self, name: str, given: Mapping[str, Any], /, **options: Any) -> Any:
+        """Build `name`; `options` win over its registered defaults. Of `given`, what the program
+        passes itself, a builder gets the values that its signature has parameters for.
 
-        Raises UnknownName for an unregistered name, UserError for an unknown or ill-typed option.
+        Raises UnknownName for an unregistered name, UserError for an option that is unknown, of
+        another type, or the program's own.
         """
         builder, defaults = self._lookup(name)
         parameters = inspect.signature(builder).parameters
-        positional = list(parameters)[:len(args)]
-        known = [key for key in parameters if key not in positional]
+        known = [key for key in parameters if key not in given]
         for key, value in options.items():
+            if key in given or key == "name":
+                raise UserError(f"{key} is set by the program and cannot be an option of "
+                                f"{self.kind} {name!r}. Leave it out.")
             if key not in known:
                 raise UserError(f"unknown option {key!r} of {self.kind} {name!r}. "
                                 f"Known: {', '.join(known) or 'none'}.{did_you_mean(key, known)}")
             _check_type(f"option {key!r} of {self.kind} {name!r}", value, parameters[key])
-        return builder(*args, **{**defaults, **options})
+        wanted = {key: value for key, value in given.items() if key in parameters}
+        return builder(**{**defaults, **options, **wanted})
 
     def _lookup(self, name: str) -> tuple[Callable, dict[str, Any]]:
         if name not in self._entries:
@@ -76,8 +81,8 @@ def parse_value(text: str) -> Any:
     """'1e-3' -> float, '7' -> int, 'true' -> bool, 'none' -> None, '31,29,5' -> tuple, else str."""
     if "," in text:
         return tuple(parse_value(part) for part in text.split(",") if part)
-    if text.lower() in _WORDS:
-        return _WORDS[text.lower()]
+    if text.lower() in _CONSTANTS:
+        return _CONSTANTS[text.lower()]
     for kind in (int, float):
         try:
             return kind(text)
@@ -86,17 +91,17 @@ def parse_value(text: str) -> Any:
     return text
 
 
-def parse_spec(words: list[str], flag: str) -> tuple[str, dict[str, Any]]:
+def parse_spec(spec: Sequence[str], flag: str) -> tuple[str, dict[str, Any]]:
     """['slak_t', 'drop_path=0.1'] -> ('slak_t', {'drop_path': 0.1})."""
-    if not words or "=" in words[0]:
-        raise UserError(f"{flag} needs a name first, then key=value options; got {words}.")
-    options = {}
-    for word in words[1:]:
-        key, separator, value = word.partition("=")
-        if not separator or not key or not value:
-            raise UserError(f"{flag} {words[0]}: {word!r} is not an option of the form key=value.")
+    if not spec or "=" in spec[0]:
+        raise UserError(f"{flag} needs a name first, then key=value options; got {spec}.")
+    name, options = spec[0], {}
+    for option in spec[1:]:
+        key, _, value = option.partition("=")
+        if not key or not value:
+            raise UserError(f"{flag} {name}: {option!r} is not an option of the form key=value.")
         options[key.replace("-", "_")] = parse_value(value)
-    return words[0], options
+    return name, options
 
 
 def _check_type(what: str, value: Any, parameter: inspect.Parameter) -> None:

@@ -10,34 +10,24 @@ Each has flags of its own: python -m analysis.benchmark operator --help
 """
 import sys
 
-import torch
-
 from analysis.benchmark import loader, masking, operator, step, teacher
-from utils.registry import UserError, did_you_mean
+from utils.registry import did_you_mean
 
 COMMANDS = {"masking": masking, "operator": operator, "teacher": teacher,
             "step": step, "loader": loader}
 
 
 def main(argv: list[str] | None = None) -> int:
-    words = sys.argv[1:] if argv is None else argv
-    if words[:1] in (["-h"], ["--help"]):
+    argv = sys.argv[1:] if argv is None else argv
+    name = argv[0] if argv else "nothing"
+    if name in COMMANDS:
+        return COMMANDS[name].main(argv[1:])
+    if name in ("-h", "--help"):
         print(__doc__.strip())
         return 0
-    name = words[0] if words else "nothing"
-    try:
-        if name not in COMMANDS:
-            raise UserError(f"the first word says what to measure: {', '.join(COMMANDS)}; got "
-                            f"{name!r}.{did_you_mean(name, COMMANDS)}")
-        COMMANDS[name].main(words[1:])
-    except UserError as error:
-        print(f"analysis.benchmark: error: {error}", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError as error:
-        print(f"analysis.benchmark: error: the GPU's memory is full "
-              f"({str(error).splitlines()[0]}). Lower --batch-size.", file=sys.stderr)
-        return 2
-    return 0
+    print(f"analysis.benchmark: error: the first word says what to measure: {', '.join(COMMANDS)}; "
+          f"got {name!r}.{did_you_mean(name, COMMANDS)}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

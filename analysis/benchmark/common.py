@@ -1,51 +1,56 @@
-"""What the benchmarks share: interleaved timing, what the machine can do at best, the table."""
+"""What the benchmarks share: interleaved timing, what the machine can do at best, the table, and a
+random training step made of the program's own parts."""
 import argparse
 import json
 import math
-import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 
+import data
 import engine
 import models
-from data.batch import ImageBatch, collate, draw_erasure
+from data.batch import Batch, ImageBatch
 from losses import create_losses
-from models.distiller import Distiller, FrozenTeacher
+from models.distiller import Distiller
 from utils import optim
 from utils.checkpoint import write_text_atomically
-from utils.config import Parser
+from utils.config import Parser, at_least
 from utils.distributed import setup
-from utils.log import peak_memory_gib, progress
-from utils.optim import ModelEma
+from utils.log import markdown_table, peak_memory_gib, progress
 from utils.registry import UserError
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 COPY_BYTES = {"cpu": 2 ** 28, "cuda": 2 ** 30}  # far beyond a cache
 MATRIX_EDGE = {"cpu": 2048, "cuda": 8192}
 SHORTEST = 0.02  # seconds: below that the clock and a kernel's launch are seen
-COPY, MATRIX = "copy", "matrix product"
 Seconds = dict[str, list[float]]
+Row = dict[str, Any]
+Column = tuple[str, str, str]  # header, key of a row, format; a column of text has no format
+
+# What `rates` gives.
+RATE_COLUMNS = [("G multiply-adds/s", "gmacs_per_second", ".1f"),
+                ("of matrix rate", "matrix_share", ".1%")]
 
 
-def new_parser(what: str, doc: str, *, batch_size: int | None, input_size: int | None = 224,
-               repeats: int = 7, has_device: bool = True) -> Parser:
+def new_parser(what: str, doc: str, *, batch_size: int, smallest_batch: int = 1, repeats: int = 7,
+               has_device: bool = True) -> Parser:
     """A parser of `benchmark WHAT` with the flags that all of them have."""
     parser = Parser(prog=f"analysis.benchmark {what}", description=doc.split("\n\n")[0])
     flag = parser.add_argument
-    if batch_size:
-        flag("--batch-size", type=int, default=batch_size, help="images")
-    if input_size:
-        flag("--input-size", type=int, default=input_size, help="pixels")
-    flag("--repeats", type=int, default=repeats, help="rounds; the table shows medians")
+    flag("--batch-size", type=at_least(smallest_batch), default=batch_size, help="images")
+    flag("--input-size", type=at_least(1), default=224, help="pixels")
+    flag("--repeats", type=at_least(1), default=repeats, help="rounds; the table shows medians")
     if has_device:
         flag("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to run")
-        flag("--threads", type=int, metavar="N", help="threads of PyTorch; default: as it is")
-    flag("--json", type=_new_file, metavar="FILE", help="write the figures there, too")
+        flag("--threads", type=at_least(1), metavar="N",
+             help="threads of PyTorch; default: as it is")
+    flag("--json", type=_new_file, metavar="FILE", help="write the values there, too")
     return parser
 
 
@@ -55,14 +60,6 @@ def _new_file(text: str) -> Path:
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise argparse.ArgumentTypeError(f"{text} is not a file in an existing folder.")
     return path
-
-
-def check_at_least(values: Mapping[str, int | None], smallest_batch: int = 1) -> None:
-    """Flags that must be 1 or more, where given. Training takes a batch of 2, for BatchNorm."""
-    for name, value in values.items():
-        limit = smallest_batch if name == "batch_size" else 1
-        if value is not None and value < limit:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {limit}.")
 
 
 def start(device: str, threads: int | None) -> torch.device:
@@ -75,6 +72,17 @@ def place(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} thread(s)"
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    """Of a name of engine.AMP_DTYPES; "none" is float32."""
+    return engine.AMP_DTYPES[precision] or torch.float32
+
+
+def size_of(teacher: models.VisionModel, input_size: int) -> int:
+    """Pixels at which a FrozenTeacher of this network sees images of `input_size`."""
+    has_own = teacher.fixed_size or teacher.input_size != models.VisionModel.input_size
+    return teacher.input_size if has_own else input_size
 
 
 # Timing
@@ -117,7 +125,7 @@ class Stopwatch:
 
     def __init__(self, device: torch.device | None = None) -> None:
         self.device = device
-        self.seconds: dict[str, float] = {}
+        self.seconds: dict[str, float] = defaultdict(float)
         self.start()
 
     def start(self) -> None:
@@ -128,7 +136,7 @@ class Stopwatch:
     def lap(self, name: str) -> None:
         before = self.at
         self.start()
-        self.seconds[name] = self.seconds.get(name, 0) + self.at - before
+        self.seconds[name] += self.at - before
 
 
 def memory_of(action: Callable[[], Any], device: torch.device) -> float | None:
@@ -146,21 +154,24 @@ def memory_of(action: Callable[[], Any], device: torch.device) -> float | None:
 # What the machine does at best, in the same rounds
 
 
-def ceiling_actions(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
-    """A large copy, and a large product of square matrices in `dtype`."""
+def ceiling_actions(device: torch.device, dtype: torch.dtype,
+                    prefix: str = "") -> dict[str, Callable[[], Any]]:
+    """A large copy, and a large product of square matrices in `dtype`. `prefix`: of their names."""
     source = torch.zeros(COPY_BYTES[device.type] // 4, device=device)
     target = torch.zeros_like(source)
-    a, b = torch.rand(2, *[_matrix_edge(device, dtype)] * 2, device=device).to(dtype)
-    return {COPY: lambda: target.copy_(source), MATRIX: lambda: a @ b}
+    edge = _matrix_edge(device, dtype)
+    a, b = torch.rand(2, edge, edge, device=device).to(dtype)
+    return {f"{prefix}copy": lambda: target.copy_(source),
+            f"{prefix}matrix product": lambda: a @ b}
 
 
-def ceilings(seconds: Seconds, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+def ceilings(seconds: Seconds, device: torch.device, dtype: torch.dtype,
+             prefix: str = "") -> dict[str, float]:
     """GB/s of the copy, bytes read and bytes written counted, and G multiply-adds/s of the product,
     medians."""
-    return {"copy_gb_per_second":
-                2 * COPY_BYTES[device.type] / statistics.median(seconds[COPY]) / 1e9,
-            "matrix_gmacs_per_second":
-                _matrix_edge(device, dtype) ** 3 / statistics.median(seconds[MATRIX]) / 1e9}
+    num_bytes, macs = 2 * COPY_BYTES[device.type], _matrix_edge(device, dtype) ** 3
+    return {"copy_gb_per_second": num_bytes / median(seconds[f"{prefix}copy"]) / 1e9,
+            "matrix_gmacs_per_second": macs / median(seconds[f"{prefix}matrix product"]) / 1e9}
 
 
 def _matrix_edge(device: torch.device, dtype: torch.dtype) -> int:
@@ -170,97 +181,93 @@ def _matrix_edge(device: torch.device, dtype: torch.dtype) -> int:
 
 
 def ceilings_text(best: Mapping[str, float], dtype: torch.dtype) -> str:
-    # cuDNN's float32 convolutions round to TF32 where matrix products do not.
-    is_exact = dtype != torch.float32 or not torch.cuda.is_available()
-    return (f"In the same rounds: a copy of {best['copy_gb_per_second']:.1f} GB/s (read + "
+    text = (f"In the same rounds: a copy of {best['copy_gb_per_second']:.1f} GB/s (read + "
             f"written), {str(dtype).removeprefix('torch.')} matrix products of "
-            f"{best['matrix_gmacs_per_second']:.1f} G multiply-adds/s"
-            + ("." if is_exact else ", without TF32, which cuDNN's convolutions may use."))
+            f"{best['matrix_gmacs_per_second']:.1f} G multiply-adds/s")
+    if dtype == torch.float32 and torch.cuda.is_available():
+        # cuDNN's float32 convolutions round to TF32 where matrix products do not.
+        return f"{text}, without TF32, which cuDNN's convolutions may use."
+    return f"{text}."
+
+
+def rates(macs: float, seconds: float, best: Mapping[str, float]) -> Row:
+    rate = macs / seconds / 1e9
+    return {"gmacs_per_second": rate, "matrix_share": rate / best["matrix_gmacs_per_second"]}
 
 
 # The result
 
 
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]],
-                   num_words: int = 1) -> str:
-    """The first `num_words` columns are words, the others numbers."""
-    rule = ["---"] * num_words + ["---:"] * (len(header) - num_words)
-    lines = [header, rule, *rows]
-    return "\n".join(f"| {' | '.join(line)} |".replace("| --- ", "|---").replace("| ---: ", "|---:")
-                     for line in lines)
+def table(rows: Iterable[Row], columns: Sequence[Column]) -> str:
+    """The columns of text come first."""
+    header = [name for name, _, _ in columns]
+    cells = [[_cell(row[key], form) for _, key, form in columns] for row in rows]
+    return markdown_table(header, cells, [form for _, _, form in columns].count(""))
 
 
-def number(value: float | None, digits: int = 2) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+def _cell(value: Any, form: str) -> str:
+    if value is None:
+        return "-"
+    text = format(value, form)
+    return text.replace("%", " %") if form.endswith("%") else text
 
 
-def percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f} %"
-
-
-def show(title: str, table: str, notes: Iterable[str], figures: Mapping[str, Any], *,
-         device: torch.device | None, json_path: Path | None) -> None:
-    """Print what was compared, the table and the notes, and write the figures if asked to."""
-    figures = {"title": title, **figures}
-    notes = list(notes)
+def show(title: str, rows: list[Row], columns: Sequence[Column], notes: Sequence[str],
+         values: Mapping[str, Any], *, repeats: int, device: torch.device | None,
+         json_path: Path | None) -> None:
+    """Print what was compared and where, the table and the notes, and write the values if asked to.
+    No `device`: on one thread, and the title says so."""
+    values = {**values, "rows": rows}
     if device is not None:
         peak = peak_memory_gib(device)
-        notes.append(f"Peak memory: {peak:.2f} GiB, all rows together.")
-        figures = {**figures, "place": place(device), "peak_memory_gib": peak}
-    print(f"{title}\n\n{table}\n\n" + "\n".join(notes))
+        title = f"{title}, {place(device)}"
+        notes = [*notes, f"Peak memory: {peak:.2f} GiB, all rows together."]
+        values |= {"place": place(device), "peak_memory_gib": peak}
+    title = f"{title}, medians of {repeats} rounds"
+    print("\n\n".join([title, table(rows, columns), "\n".join(notes)]))
     if json_path:
         try:
-            write_text_atomically(json.dumps(figures), json_path)
+            write_text_atomically(json.dumps({"title": title, **values}), json_path)
         except OSError as error:
             raise UserError(f"--json {json_path} cannot be written: {error}.") from None
 
 
-def add_model_flag(parser: argparse.ArgumentParser, default: str) -> None:
-    parser.add_argument("--model", nargs="+", default=[default], metavar="NAME",
-                        help="NAME [key=value ...]")
+# A random step
 
 
-def random_batches(options: engine.StepOptions, batch_size: int, input_size: int,
-                   num_classes: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """The same random images (N, 3, H, W), labels and indices for ever, on the device."""
-    images = torch.randn(batch_size, 3, input_size, input_size)
-    batch = options.to_device(images, torch.randint(num_classes, (batch_size,)))
+def step_options(device: torch.device, precision: str, accum_steps: int = 1) -> engine.StepOptions:
+    """Those of train_kd.py for images that are normalised as ImageNet's."""
+    transform = data.BatchTransform(models.VisionModel.input_mean, models.VisionModel.input_std,
+                                    device)
+    return engine.StepOptions(
+        device=device, amp_dtype=engine.AMP_DTYPES[precision], accum_steps=accum_steps,
+        clip_grad=None, memory_format=torch.channels_last, seed=0, batch_transform=transform)
+
+
+def random_batches(batch_size: int, input_size: int, num_classes: int,
+                   device: torch.device) -> Iterator[Batch]:
+    """The same random batch for ever, as a loader for `device` hands it over."""
+    pixels = torch.randint(256, (batch_size, input_size, input_size, 3), dtype=torch.uint8)
+    side = int(0.42 * input_size)  # random erasing takes 0.18 of an image's area in the mean
+    erased = torch.tensor([[place, 0, 0, side, side, place] for place in range(0, batch_size, 4)])
+    images = ImageBatch(pixels.permute(0, 3, 1, 2), erased, len(erased) * side ** 2)
+    labels = torch.randint(num_classes, (batch_size,))
+    if device.type == "cuda":
+        images, labels = images.pin_memory(), labels.pin_memory()
+    batch = Batch(images, labels, torch.arange(batch_size), torch.ones(batch_size).bool())
     while True:
-        yield *batch, torch.arange(batch_size)
+        yield batch
 
 
-def random_images(batch_size: int, input_size: int, num_classes: int, *, pin_memory: bool,
-                    erasing_prob: float = 0.25) -> Iterator[tuple[ImageBatch, Tensor, Tensor]]:
-    """The same random pictures as the loader hands them over for ever: bytes on the host and what
-    is to be erased, labels, indices. For options with `prepare`."""
-    samples = []
-    for index in range(batch_size):
-        pixels = torch.randint(256, (input_size, input_size, 3), dtype=torch.uint8)
-        image = pixels.permute(2, 0, 1)
-        samples.append((image, draw_erasure(image, erasing_prob),
-                        int(torch.randint(num_classes, ())), index))
-    pictures, labels, indices = collate(samples)
-    if pin_memory:
-        pictures, labels = pictures.pin_memory(), labels.pin_memory()
-    while True:
-        yield pictures, labels, indices
-
-
-def no_mix(images: Tensor, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    return images, labels
-
-
-def random_state(student: models.VisionModel, teacher: FrozenTeacher | None,
+def random_state(student: models.VisionModel, teacher: nn.Module | None,
                  loss_specs: list[list[str]], options: engine.StepOptions, *,
-                 keeps_average: bool) -> engine.TrainState:
-    """As train_kd.py builds it, with AdamW at a small rate. `loss_specs`: NAME key=value ..."""
-    distiller = Distiller(student, *create_losses(loss_specs, student.feature_info,
-                                                  teacher and teacher.feature_info))
+                 keeps_average: bool = False) -> engine.TrainState:
+    """A run that begins, with AdamW at a small rate. `loss_specs`: NAME key=value ..."""
+    teacher_info = None if teacher is None else teacher.feature_info
+    distiller = Distiller(student, *create_losses(loss_specs, student.feature_info, teacher_info))
     distiller.to(options.device, memory_format=options.memory_format).train()
     optimizer = optim.build_adamw(optim.parameter_groups(distiller, 0.05), lr=1e-4,
                                   betas=(0.9, 0.999), eps=1e-8)
-    return engine.TrainState(
-        distiller=distiller, wrapped=distiller, optimizer=optimizer,
-        ema=ModelEma(student) if keeps_average else None,
-        scaler=torch.amp.GradScaler(options.device.type,
-                                    enabled=options.amp_dtype is torch.float16))
+    return engine.build_state(distiller, optimizer, device=options.device,
+                              amp_dtype=options.amp_dtype,
+                              ema=optim.ModelEma(student) if keeps_average else None)

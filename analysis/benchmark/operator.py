@@ -1,7 +1,7 @@
-"""The large depthwise convolutions of a SLaK, by every implementation that runs here.
+"""The large depthwise convolutions of a SLaK, by every backend that runs here.
 
     python -m analysis.benchmark operator --batch-size 8                 # slak_t's stages
-    python -m analysis.benchmark operator --dtype bfloat16 --batch-size 64 --device cuda
+    python -m analysis.benchmark operator --dtype bf16 --batch-size 64 --device cuda
     python -m analysis.benchmark operator --only-sum --shape 124 56 56 --kernel 51 5
 
 "published" is F.conv2d with its own gradient on contiguous maps, the baseline of all ratios. Each
@@ -9,191 +9,264 @@ branch has a gradient of its own, as under BatchNorms. With --only-sum it is the
 inference: its forward pass without gradient history, and its backward pass with one gradient.
 """
 import argparse
-import statistics
-from collections.abc import Mapping, Sequence
-from typing import Any
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from statistics import median
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
+import engine
 import models
-from analysis.bench_branches import PUBLISHED, Shape, Work, largest_error, results, shapes_of
-from analysis.benchmark.common import (
-    DTYPES,
-    SHORTEST,
-    Seconds,
-    add_model_flag,
-    ceiling_actions,
-    ceilings,
-    ceilings_text,
-    check_at_least,
-    markdown_table,
-    new_parser,
-    number,
-    percent,
-    place,
-    show,
-    start,
-    time_interleaved,
+from analysis.benchmark import common
+from models.large_kernel.operator import (
+    BACKENDS,
+    CHOICES,
+    LargeKernelModule,
+    Prepared,
+    depthwise,
+    depthwise_sum,
+    fastest,
 )
-from models.large_kernel.operator import BACKENDS, CHOICES, choose
-from utils.registry import UserError, did_you_mean, parse_spec
+from utils.config import Parser, at_least, program
+from utils.registry import UserError, parse_spec
 
+PUBLISHED = "published"
 PASSES = ("forward", "backward")  # with a gradient per branch, the latter holds a forward pass
-Row = dict[str, Any]
+
+
+class Shape(NamedTuple):
+    """Of one module's work: its map and its kernels."""
+
+    channels: int
+    height: int
+    width: int
+    kernels: tuple[tuple[int, int], ...]
+
+    def macs(self, batch_size: int) -> int:
+        """Multiply-adds of the direct sums, taps that no pixel reaches left out."""
+        taps = sum(min(height, 2 * self.height - 1) * min(width, 2 * self.width - 1)
+                   for height, width in self.kernels)
+        return batch_size * math.prod(self[:3]) * taps
+
+    def __str__(self) -> str:
+        kernels = ", ".join(f"{height}x{width}" for height, width in self.kernels)
+        return f"{self.channels} x {self.height} x {self.width}, {kernels}"
+
+
+def shapes_of(model: models.VisionModel, input_size: int) -> dict[Shape, int]:
+    """How many modules of `model` compute large kernels of each shape, in its order."""
+    found: Counter[Shape] = Counter()
+
+    def note(module: LargeKernelModule, inputs: tuple[Tensor, ...]) -> None:
+        sizes = tuple(tuple(kernel.shape[2:]) for kernel in module.kernels())
+        found[Shape(*inputs[0].shape[1:], sizes)] += 1
+
+    for module in model.modules():
+        if isinstance(module, LargeKernelModule):
+            module.register_forward_pre_hook(note)
+    model.count_macs(input_size)  # a forward pass on shapes alone
+    if not found:
+        raise UserError("--model has no large depthwise kernels. Take a SLaK, e.g. slak_t.")
+    return dict(found)
+
+
+def passes(shape: Shape, batch_size: int, backend: str, *, device: torch.device,
+           dtype: torch.dtype, only_sum: bool) -> dict[str, Callable[[], Sequence[Tensor]]]:
+    """PASSES of one backend over random maps, kernels and gradients of one shape."""
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size).to(device, dtype)
+
+    torch.manual_seed(0)  # the same numbers for all
+    size = (batch_size, shape.channels, shape.height, shape.width)
+    # Ours get the map as the networks give it, and gradients as their own outputs lie.
+    layout = torch.contiguous_format if backend == PUBLISHED else torch.channels_last
+    of_outputs = BACKENDS[backend].memory_format if backend in BACKENDS else layout
+    x = normal(*size).to(memory_format=layout).requires_grad_()
+    kernels = [normal(shape.channels, 1, *edges).requires_grad_() for edges in shape.kernels]
+    bias, prepared = normal(shape.channels), Prepared()
+    gradients = [normal(*size).to(memory_format=of_outputs)
+                 for _ in (kernels[:1] if only_sum else kernels)]
+
+    def outputs() -> list[Tensor]:
+        if backend == PUBLISHED:
+            return [F.conv2d(x, kernel, groups=len(kernel), padding=(
+                kernel.shape[2] // 2, kernel.shape[3] // 2)) for kernel in kernels]
+        return depthwise(x, kernels, backend)
+
+    def backward() -> Sequence[Tensor]:
+        return torch.autograd.grad(outputs(), [x, *kernels], gradients)
+
+    if not only_sum:
+        return {"forward": outputs, "backward": backward}
+
+    @torch.no_grad()
+    def folded() -> Sequence[Tensor]:
+        if backend == PUBLISHED:
+            return [sum(outputs()) + bias.view(-1, 1, 1)]
+        return [depthwise_sum(x, kernels, bias, prepared, backend)]
+
+    @cache
+    def total() -> Tensor:
+        return sum(outputs())
+
+    def backward_alone() -> Sequence[Tensor]:  # of a graph that is kept
+        return torch.autograd.grad([total()], [x, *kernels], gradients, retain_graph=True)
+
+    return {"forward": folded, "backward": backward_alone}
+
+
+def largest_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Largest difference over largest value, the worst of the tensors."""
+    return max(((a.double() - b.double()).abs().max() / b.double().abs().max()).item()
+               for a, b in zip(found, expected, strict=True))
 
 
 def runnable(names: Sequence[str] | None, device: torch.device) -> list[str]:
     """What to compare with "published", which comes first: what is asked for, else all that run
     there. Raises UserError for one that does not."""
-    known = [*BACKENDS, "library"]
-    names = names or [name for name in known if name == "library"
-                      or not BACKENDS[name].why_not(device)]
-    for name in names:
-        if name not in (*known, PUBLISHED):
-            raise UserError(f"--implementations {name!r} is unknown. Known: {', '.join(known)}."
-                            f"{did_you_mean(name, known)}")
-        reason = BACKENDS[name].why_not(device) if name in BACKENDS else None
-        if reason:
-            raise UserError(f"--implementations {name} cannot run on {device}: {reason}")
-    return [PUBLISHED, *(name for name in dict.fromkeys(names) if name != PUBLISHED)]
+    reasons = {name: BACKENDS[name].why_not(device) if name in BACKENDS else None
+               for name in CHOICES[1:]}
+    for name in names or []:
+        if reasons[name]:
+            raise UserError(f"--backends {name} cannot run on {device}: {reasons[name]}")
+    names = names or [name for name, reason in reasons.items() if not reason]
+    return [PUBLISHED, *dict.fromkeys(names)]
 
 
 def measure(shapes: Mapping[Shape, int], names: Sequence[str], *, batch_size: int, repeats: int,
             only_sum: bool, device: torch.device, dtype: torch.dtype
-            ) -> tuple[list[Row], dict[str, float], Seconds]:
-    """A row per shape and implementation, then the totals; what the machine does at best; and all
-    seconds. Raises UserError for a shape that an implementation cannot compute."""
-    rows, actions = [], ceiling_actions(device, dtype)
-    expected: list[torch.Tensor] = []  # published comes first
+            ) -> tuple[list[common.Row], dict[str, float], common.Seconds]:
+    """A row per shape and backend, then the totals; what the machine does at best; and all
+    seconds. Raises UserError for a shape that a backend cannot compute."""
+    rows, actions = [], common.ceiling_actions(device, dtype)
+    expected: list[Tensor] = []
     for stage, (shape, blocks) in enumerate(shapes.items(), 1):
         for name in names:
-            work = Work(shape, batch_size, name, device=device, dtype=dtype, only_sum=only_sum)
+            work = passes(shape, batch_size, name, device=device, dtype=dtype, only_sum=only_sum)
             try:
-                found = results(work)
+                found = [tensor for kind in PASSES for tensor in work[kind]()]
             except ValueError as error:
                 raise UserError(f"{name} cannot compute {shape}: {error} Leave it out of "
-                                "--implementations.") from None
-            expected = found if name == PUBLISHED else expected
-            chosen = choose("auto", device, dtype, work.kernels)
+                                "--backends.") from None
+            if name == PUBLISHED:  # the first
+                expected = found
             rows.append({
-                "stage": stage, "shape": str(shape), "blocks": blocks, "implementation": name,
-                "auto": name == chosen, "error": largest_error(found, expected),
-                "forward_macs": shape.macs(batch_size),
+                "stage": stage, "shape": str(shape), "blocks": blocks, "backend": name,
+                "auto": name == fastest(device, dtype, max(max(edges) for edges in shape.kernels)),
+                "error": largest_error(found, expected), "forward_macs": shape.macs(batch_size),
                 "backward_macs": (2 if only_sum else 3) * shape.macs(batch_size),
-                "bytes": shape.copied_bytes(batch_size, dtype)})
-            actions[f"stage {stage}, {name}, forward"] = work.forward
-            actions[f"stage {stage}, {name}, backward"] = work.forward_backward
-    seconds = time_interleaved(actions, repeats, device, shortest=SHORTEST)
+                "bytes": 2 * batch_size * math.prod(shape[:3]) * dtype.itemsize})
+            actions |= {f"stage {stage}, {name}, {kind}": work[kind] for kind in PASSES}
+    seconds = common.time_interleaved(actions, repeats, device, shortest=common.SHORTEST)
     for row in rows:
         for kind in PASSES:
-            key = f"stage {row['stage']}, {row['implementation']}, {kind}"
-            row[f"{kind}_ms"] = 1000 * statistics.median(seconds[key])
+            key = f"stage {row['stage']}, {row['backend']}, {kind}"
+            row[f"{kind}_ms"] = 1000 * median(seconds[key])
     if len(shapes) > 1:
         rows += totals(rows, names)
-    best = ceilings(seconds, device, dtype)
+    best = common.ceilings(seconds, device, dtype)
     for row in rows:
         add_ratios(row, rows, best)
     return rows, best, seconds
 
 
-def totals(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
-    """Sums over the shapes, weighted by blocks: each implementation's, and that of what "auto"
-    chooses where that is not the same at every shape."""
-    groups = {name: [row for row in rows if row["implementation"] == name] for name in names}
+def totals(rows: Sequence[common.Row], names: Sequence[str]) -> list[common.Row]:
+    """Sums over the shapes, weighted by blocks: each backend's, and that of what "auto" chooses
+    where that is not the same at every shape."""
+    groups = {name: [row for row in rows if row["backend"] == name] for name in names}
     chosen = [row for row in rows if row["auto"]]
     is_whole = len({row["stage"] for row in chosen}) == len(groups[PUBLISHED])
-    if is_whole and len({row["implementation"] for row in chosen}) > 1:
+    if is_whole and len({row["backend"] for row in chosen}) > 1:
         groups["auto"] = chosen
     result = []
     for name, group in groups.items():
         sums = {key: sum(row["blocks"] * row[key] for row in group)
                 for key in ("forward_ms", "backward_ms", "forward_macs", "backward_macs", "bytes")}
         result.append({
-            "stage": "all", "shape": "all blocks", "implementation": name, **sums,
-            "blocks": sum(row["blocks"] for row in group),
-            "auto": name == "auto" or all(row["auto"] for row in group),
+            "stage": "all", "shape": "all blocks", "backend": name, **sums,
+            "blocks": sum(row["blocks"] for row in group), "auto": all(r["auto"] for r in group),
             "error": max(row["error"] for row in group)})
     return result
 
 
-def add_ratios(row: Row, rows: Sequence[Row], best: Mapping[str, float]) -> None:
+def add_ratios(row: common.Row, rows: Sequence[common.Row], best: Mapping[str, float]) -> None:
     base = next(other for other in rows if other["stage"] == row["stage"]
-                and other["implementation"] == PUBLISHED)
+                and other["backend"] == PUBLISHED)
     for kind in PASSES:
         row[f"{kind}_ratio"] = base[f"{kind}_ms"] / row[f"{kind}_ms"]
-        rate = row[f"{kind}_macs"] / row[f"{kind}_ms"] / 1e6
-        row[f"{kind}_gmacs_per_second"] = rate
-        row[f"{kind}_matrix_share"] = rate / best["matrix_gmacs_per_second"]
+        for key, value in common.rates(row[f"{kind}_macs"], row[f"{kind}_ms"] / 1000, best).items():
+            row[f"{kind}_{key}"] = value
     row["copy_share"] = row["bytes"] / row["forward_ms"] / 1e6 / best["copy_gb_per_second"]
+    is_marked = row["auto"] and row["backend"] != "auto"
+    row["shown"] = f"{row['backend']} (auto)" if is_marked else row["backend"]
 
 
-def table(rows: Sequence[Row], only_sum: bool) -> str:
-    header = ["map, kernels", "implementation", "blocks"]
-    for name in ("forward", "backward" if only_sum else "forward + backward"):
-        header += [f"{name} (ms)", "ratio", "G multiply-adds/s", "of matrix rate"]
-        header += ["of copy bandwidth"] * (name == "forward")
-    header.append("largest error")
-    lines = []
-    for row in rows:
-        line = [row["shape"], row["implementation"] + " (auto)" * (
-            row["auto"] and row["implementation"] != "auto"), str(row["blocks"])]
-        for kind in PASSES:
-            line += [number(row[f"{kind}_ms"], 3), number(row[f"{kind}_ratio"]),
-                     number(row[f"{kind}_gmacs_per_second"], 1),
-                     percent(row[f"{kind}_matrix_share"])]
-            line += [percent(row["copy_share"])] * (kind == "forward")
-        lines.append([*line, f"{row['error']:.1e}"])
-    return markdown_table(header, lines, num_words=2)
+def columns(only_sum: bool) -> list[common.Column]:
+    def of_pass(kind: str, header: str) -> list[common.Column]:
+        return [(f"{header} (ms)", f"{kind}_ms", ".3f"), ("ratio", f"{kind}_ratio", ".2f"),
+                *[(name, f"{kind}_{key}", form) for name, key, form in common.RATE_COLUMNS]]
+
+    return [("map, kernels", "shape", ""), ("backend", "shown", ""), ("blocks", "blocks", "d"),
+            *of_pass("forward", "forward"), ("of copy bandwidth", "copy_share", ".1%"),
+            *of_pass("backward", "backward" if only_sum else "forward + backward"),
+            ("largest error", "error", ".1e")]
 
 
-def wanted_shapes(words: list[str], input_size: int, *, only_sum: bool, map_size: list[int] | None,
+def wanted_shapes(spec: list[str], input_size: int, *, only_sum: bool, map_size: list[int] | None,
                   kernel: list[int]) -> dict[Shape, int]:
     """The shapes of the model, or the one given by hand."""
     if map_size is not None:
-        check_at_least({"shape": min(map_size), "kernel": min(kernel)})
         long, short = kernel
         if long % 2 == 0 or short % 2 == 0 or long < short:
             raise UserError(f"--kernel takes two odd numbers, the larger first; got {long} "
                             f"{short}.")
         kernels = ((long, short), (short, long), (short, short))
         return {Shape(*map_size, kernels[:2] if only_sum else kernels): 1}
-    name, options = parse_spec(words, "--model")
+    name, options = parse_spec(spec, "--model")
     with torch.device("meta"):
         model = models.create_model(name, **options)
         return shapes_of(model.fold() if only_sum else model, input_size)
 
 
-def main(argv: list[str]) -> None:
-    parser = new_parser("operator", __doc__, batch_size=8)
-    add_model_flag(parser, "slak_t")
+def build_parser() -> Parser:
+    parser = common.new_parser("operator", __doc__, batch_size=8)
     flag = parser.add_argument
-    flag("--implementations", nargs="+", metavar="NAME",
-         help=f"of {', '.join(CHOICES[1:])}; default: all that run on the device")
-    flag("--dtype", choices=list(DTYPES), default="float32", help="of maps and kernels")
+    flag("--model", nargs="+", default=["slak_t"], metavar="NAME", help="NAME [key=value ...]")
+    flag("--backends", nargs="+", choices=CHOICES[1:],
+         help="which to compare; default: all that run on the device")
+    flag("--dtype", choices=list(engine.AMP_DTYPES), default="none",
+         help="of maps and kernels; none: float32")
     flag("--only-sum", action="store_true", help="the folded pair of a frozen network")
-    flag("--shape", type=int, nargs=3, metavar=("C", "H", "W"), help="of one map; default: --model")
-    flag("--kernel", type=int, nargs=2, metavar=("K", "N"), default=[51, 5],
+    flag("--shape", type=at_least(1), nargs=3, metavar=("C", "H", "W"),
+         help="of one map; default: those of --model")
+    flag("--kernel", type=at_least(1), nargs=2, metavar=("K", "N"), default=[51, 5],
          help="with --shape: long and short edge")
-    args: argparse.Namespace = parser.parse(argv)
-    check_at_least({name: getattr(args, name) for name in (
-        "input_size", "batch_size", "repeats", "threads")})
-    idle = {*args.given} & ({"model", "input_size"} if args.shape else {"kernel"})
-    if idle:
-        raise UserError(f"--{min(idle).replace('_', '-')} has no effect "
-                        f"{'beside' if args.shape else 'without'} --shape; leave it out.")
-    device, dtype = start(args.device, args.threads), DTYPES[args.dtype]
+    return parser
+
+
+@program("analysis.benchmark operator", build_parser)
+def main(args: argparse.Namespace) -> int:
+    device, dtype = common.start(args.device, args.threads), common.dtype_of(args.dtype)
     shapes = wanted_shapes(args.model, args.input_size, only_sum=args.only_sum,
                            map_size=args.shape, kernel=args.kernel)
-    names = runnable(args.implementations, device)
     rows, best, seconds = measure(
-        shapes, names, batch_size=args.batch_size, repeats=args.repeats, only_sum=args.only_sum,
-        device=device, dtype=dtype)
+        shapes, runnable(args.backends, device), batch_size=args.batch_size, repeats=args.repeats,
+        only_sum=args.only_sum, device=device, dtype=dtype)
     source = "given maps" if args.shape else f"{' '.join(args.model)} at {args.input_size} px"
-    title = (f"Depthwise convolutions of {source}{', folded, summed' * args.only_sum}, batch "
-             f"{args.batch_size}, {args.dtype}, {place(device)}, medians of {args.repeats} rounds")
+    if args.only_sum:
+        source += ", folded, summed"
+    title = (f"Depthwise convolutions of {source}, batch {args.batch_size}, "
+             f"{str(dtype).removeprefix('torch.')}")
     notes = [
         "Ratio: published time / time. published: F.conv2d and its own gradient, (N, C, H, W). "
         "Error: relative to the largest value of published, in outputs and gradients.",
-        ceilings_text(best, dtype) + " Of copy bandwidth: the map read once and written once."]
-    show(title, table(rows, args.only_sum), notes, {"rows": rows, **best, "seconds": seconds},
-         device=device, json_path=args.json)
+        common.ceilings_text(best, dtype)
+        + " Of copy bandwidth: the map read once and written once."]
+    common.show(title, rows, columns(args.only_sum), notes, {**best, "seconds": seconds},
+                repeats=args.repeats, device=device, json_path=args.json)
+    return 0

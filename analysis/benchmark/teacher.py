@@ -6,40 +6,26 @@
 contiguous, here without gradient history. Other networks are shown beside it.
 """
 import argparse
-import statistics
 from collections.abc import Callable, Sequence
-from typing import Any
+from statistics import median
 
 import torch
 from torch import Tensor, nn
 
+import engine
 import models
-from analysis.benchmark.common import (
-    COPY,
-    MATRIX,
-    Seconds,
-    ceiling_actions,
-    ceilings,
-    ceilings_text,
-    check_at_least,
-    markdown_table,
-    memory_of,
-    new_parser,
-    number,
-    percent,
-    place,
-    show,
-    start,
-    time_interleaved,
-)
+from analysis.benchmark import common
 from analysis.benchmark.published import arranged
-from analysis.complexity import count_macs
 from models.distiller import FrozenTeacher
-from models.large_kernel.operator import CHOICES, describe_choice, use
+from models.large_kernel.operator import ACCEPTED, describe_choice, set_backend
 from models.slak import SLaK
+from utils.config import Parser, program
 
-PRECISIONS = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-Row = dict[str, Any]
+COLUMNS = [
+    ("teacher", "model", ""), ("px", "pixels", ""), ("precision", "precision", ""),
+    ("arrangement", "shown", ""), ("ms per image", "ms_per_image", ".3f"),
+    ("ratio", "ratio", ".2f"), ("images/s", "images_per_second", ".1f"), *common.RATE_COLUMNS,
+    ("memory (GiB)", "memory_gib", ".2f"), ("error of logits", "error", ".1e")]
 
 
 @torch.no_grad()
@@ -58,102 +44,78 @@ def randomize_statistics(model: nn.Module) -> nn.Module:
 
 def inference(network: nn.Module, images: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
     def run() -> Tensor:
-        is_half = dtype != torch.float32
-        with torch.no_grad(), torch.autocast(
-                images.device.type, dtype=dtype if is_half else torch.bfloat16, enabled=is_half):
+        with torch.no_grad(), torch.autocast(images.device.type, dtype=dtype,
+                                             enabled=dtype != torch.float32):
             return network(images)
     return run
 
 
-def logits_of(output: Any) -> Tensor:
-    return (output if isinstance(output, Tensor) else output.logits).double()
-
-
 def measure(names: Sequence[str], precisions: Sequence[str], *, batch_size: int, input_size: int,
-            repeats: int, device: torch.device, implementation: str = "auto"
-            ) -> tuple[list[Row], dict[str, dict], Seconds]:
+            repeats: int, device: torch.device, backend: str
+            ) -> tuple[list[common.Row], dict[str, dict[str, float]], common.Seconds]:
     """A row per model, precision and arrangement; what the machine does at best by precision; and
     all seconds. Errors are those of the logits against the un-folded float32 network."""
+    dtypes = {precision: common.dtype_of(precision) for precision in precisions}
     rows, actions = [], {}
-    for precision in precisions:
-        actions |= {f"{precision}, {name}": action for name, action in
-                    ceiling_actions(device, PRECISIONS[precision]).items()}
+    for precision, dtype in dtypes.items():
+        actions |= common.ceiling_actions(device, dtype, f"{precision}, ")
     for name in names:
         torch.manual_seed(0)
         model = randomize_statistics(models.create_model(name)).eval()
-        size = model.input_size or model.native_size or input_size
+        size = common.size_of(model, input_size)
         images = torch.randn(batch_size, 3, size, size, device=device)
-        macs = batch_size * count_macs(model, size)
+        macs = batch_size * model.count_macs(size)
         plain = arranged(model).to(device)
-        reference = logits_of(inference(plain, images, torch.float32)())
+        expected = inference(plain, images, torch.float32)().double()
         networks = {"published": plain} if isinstance(model, SLaK) else {}
         networks["ours"] = FrozenTeacher(model, model.input_mean, model.input_std).to(device)
-        if implementation != "auto" and isinstance(model, SLaK):
-            use(implementation, networks["ours"])
-        for precision in precisions:
+        if isinstance(model, SLaK):
+            set_backend(backend, networks["ours"])
+        for precision, dtype in dtypes.items():
             for kind, network in networks.items():
                 layout = torch.channels_last if kind == "ours" else torch.contiguous_format
-                action = inference(network, images.to(memory_format=layout), PRECISIONS[precision])
-                error = (logits_of(action()) - reference).abs().max() / reference.abs().max()
-                choice = describe_choice(network, device, PRECISIONS[precision])
-                rows.append({"model": name, "choice": choice, "precision": precision,
-                             "arrangement": kind, "pixels": size, "macs": macs,
-                             "error": error.item(), "memory_gib": memory_of(action, device)})
+                action = inference(network, images.to(memory_format=layout), dtype)
+                error = (action().double() - expected).abs().max() / expected.abs().max()
+                rows.append({
+                    "model": name, "pixels": size, "precision": precision, "arrangement": kind,
+                    "shown": kind + describe_choice(network, device, dtype), "macs": macs,
+                    "error": error.item(), "memory_gib": common.memory_of(action, device)})
                 actions[f"{precision}, {name}, {kind}"] = action
-    seconds = time_interleaved(actions, repeats, device)
-    best = {precision: ceilings(
-        {name: seconds[f"{precision}, {name}"] for name in (COPY, MATRIX)},
-        device, PRECISIONS[precision]) for precision in precisions}
+    seconds = common.time_interleaved(actions, repeats, device)
+    best = {precision: common.ceilings(seconds, device, dtype, f"{precision}, ")
+            for precision, dtype in dtypes.items()}
     for row in rows:
-        add_figures(row, seconds, batch_size, best[row["precision"]])
+        key = f"{row['precision']}, {row['model']}, "
+        ours, published = median(seconds[key + row["arrangement"]]), seconds.get(key + "published")
+        row["ms_per_image"], row["images_per_second"] = 1000 * ours / batch_size, batch_size / ours
+        row["ratio"] = median(published) / ours if published else None
+        row.update(common.rates(row["macs"], ours, best[row["precision"]]))
     return rows, best, seconds
 
 
-def add_figures(row: Row, seconds: Seconds, batch_size: int, best: dict[str, float]) -> None:
-    def median(kind: str) -> float | None:
-        key = f"{row['precision']}, {row['model']}, {kind}"
-        return statistics.median(seconds[key]) if key in seconds else None
-
-    mine, published = median(row["arrangement"]), median("published")
-    row["ms_per_image"] = 1000 * mine / batch_size
-    row["images_per_second"] = batch_size / mine
-    row["ratio"] = published and published / mine
-    row["gmacs_per_second"] = row["macs"] / mine / 1e9
-    row["matrix_share"] = row["gmacs_per_second"] / best["matrix_gmacs_per_second"]
-
-
-def table(rows: Sequence[Row]) -> str:
-    header = ["teacher", "px", "precision", "arrangement", "ms per image", "ratio", "images/s",
-              "G multiply-adds/s", "of matrix rate", "memory (GiB)", "error of logits"]
-    return markdown_table(header, [
-        [row["model"], str(row["pixels"]), row["precision"], row["arrangement"] + row["choice"],
-         number(row["ms_per_image"], 3), number(row["ratio"]), number(row["images_per_second"], 1),
-         number(row["gmacs_per_second"], 1), percent(row["matrix_share"]),
-         number(row["memory_gib"]), f"{row['error']:.1e}"] for row in rows], num_words=4)
-
-
-def main(argv: list[str]) -> None:
-    parser = new_parser("teacher", __doc__, batch_size=16)
+def build_parser() -> Parser:
+    parser = common.new_parser("teacher", __doc__, batch_size=16)
     flag = parser.add_argument
     flag("--models", nargs="+", default=["slak_t", "convnext_t", "resnet50"], metavar="NAME",
          help="names of models")
-    flag("--amp", nargs="+", choices=list(PRECISIONS), default=["none", "bf16"],
+    flag("--amp", nargs="+", choices=list(engine.AMP_DTYPES), default=["none", "bf16"],
          help="one or more precisions to compare")
-    flag("--large-kernel", choices=CHOICES, default="auto", help="code for the large kernels")
-    args: argparse.Namespace = parser.parse(argv)
-    check_at_least({name: getattr(args, name) for name in (
-        "input_size", "batch_size", "repeats", "threads")})
-    device = start(args.device, args.threads)
-    precisions = list(dict.fromkeys(args.amp))
+    flag("--large-kernel", choices=ACCEPTED, default="auto", help="code for the large kernels")
+    return parser
+
+
+@program("analysis.benchmark teacher", build_parser)
+def main(args: argparse.Namespace) -> int:
+    device = common.start(args.device, args.threads)
     rows, best, seconds = measure(
-        list(dict.fromkeys(args.models)), precisions, batch_size=args.batch_size,
-        input_size=args.input_size, repeats=args.repeats, device=device,
-        implementation=args.large_kernel)
-    title = (f"Inference with random weights, batch {args.batch_size}, {place(device)}, medians of "
-             f"{args.repeats} rounds")
+        list(dict.fromkeys(args.models)), list(dict.fromkeys(args.amp)),
+        batch_size=args.batch_size, input_size=args.input_size, repeats=args.repeats,
+        device=device, backend=args.large_kernel)
     notes = ["Ratio: published time / time, in the same precision. Error: largest over the "
              "largest logit, against the un-folded network in float32. Memory, on a GPU: what a "
-             "pass holds beyond the networks.",
-             *(ceilings_text(best[name], PRECISIONS[name]) for name in precisions)]
-    show(title, table(rows), notes, {"rows": rows, "ceilings": best, "seconds": seconds},
-         device=device, json_path=args.json)
+             "pass holds beyond the networks."]
+    notes += [common.ceilings_text(found, common.dtype_of(name)) for name, found in best.items()]
+    common.show(f"Inference with random weights, batch {args.batch_size}", rows, COLUMNS, notes,
+                {"ceilings": best, "seconds": seconds}, repeats=args.repeats, device=device,
+                json_path=args.json)
+    return 0

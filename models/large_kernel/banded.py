@@ -16,16 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def why_not(device: torch.device) -> str | None:
-    return None
-
-
-def prepare(kernels: Sequence[Tensor], height: int, width: int,
-            dtype: torch.dtype) -> list[Tensor]:
-    """Per kernel the matrices (C, L, short * L), L the map's edge along the kernel's long one."""
-    return [toeplitz(kernel, height).to(dtype) if is_tall(kernel.shape[2:])
-            else toeplitz(kernel.transpose(2, 3), width).to(dtype) for kernel in kernels]
+from models.large_kernel.backend import Backend, sum_dtype
 
 
 def is_tall(size: Sequence[int]) -> bool:
@@ -42,56 +33,34 @@ def toeplitz(kernel: Tensor, length: int) -> Tensor:
     return bands.permute(0, 2, 1, 3).reshape(channels, length, columns * length)
 
 
-def total(x: Tensor, kernels: Sequence[Tensor], prepared: Sequence[Tensor],
-          bias: Tensor | None = None) -> Tensor:
-    """(N, C, H, W) -> sum of the convolutions and the bias (C,), in channels-last memory."""
-    result = sum(_outputs(x, kernels, prepared))
-    if bias is not None:
-        result += bias.view(-1, 1, 1)
-    return result.contiguous(memory_format=torch.channels_last)
+def shifted_maps(x: Tensor, columns: int) -> Tensor:
+    """(N, C, H, W) -> (C, columns * H, N * W): the map shifted by -columns // 2 ... columns // 2
+    columns, zeros coming in."""
+    num_images, channels, height, width = x.shape
+    x = F.pad(x.permute(1, 2, 0, 3), (columns // 2, columns // 2))  # (C, H, N, W + columns - 1)
+    windows = x.unfold(3, width, 1)  # (C, H, N, columns, W)
+    return windows.permute(0, 3, 1, 2, 4).reshape(channels, columns * height, -1)
 
 
-def outputs(x: Tensor, kernels: Sequence[Tensor]) -> list[Tensor]:
-    maps = _outputs(x, kernels, prepare(kernels, *x.shape[2:], x.dtype))
-    return [y.contiguous(memory_format=torch.channels_last) for y in maps]
+def convolve(x: Tensor, kernels: Sequence[Tensor], matrices: Sequence[Tensor]) -> list[Tensor]:
+    """Maps in the layout (C, H, N, W), or transposed, as (N, C, H, W) views."""
+    result, shifted = [], {}
+    for kernel, matrix in zip(kernels, matrices):
+        tall = is_tall(kernel.shape[2:])
+        along = x if tall else x.transpose(2, 3)  # its rows lie along the kernel
+        key = (tall, min(kernel.shape[2:]))
+        if key not in shifted:  # the tall and the small kernel share theirs
+            shifted[key] = shifted_maps(along, key[1])
+        num_images, channels, length, width = along.shape
+        y = torch.bmm(matrix, shifted[key]).view(channels, length, num_images, width)
+        y = y.permute(2, 0, 1, 3)
+        result.append(y if tall else y.transpose(2, 3))
+    return result
 
 
-def input_gradient(gradients: Sequence[Tensor], kernels: Sequence[Tensor]) -> Tensor:
-    """Sum over the branches, (N, C, H, W)."""
-    flipped = [kernel.flip(2, 3) for kernel in kernels]
-    matrices = prepare(flipped, *gradients[0].shape[2:], gradients[0].dtype)
-    result = sum(_outputs(gradient, [kernel], [matrix])[0]
-                 for gradient, kernel, matrix in zip(gradients, flipped, matrices))
-    return result.contiguous(memory_format=torch.channels_last)
-
-
-def kernel_gradients(x: Tensor, gradients: Sequence[Tensor],
-                     sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
-    """(C, 1, kh, kw) for each size: the matrices' gradients, summed along their diagonals."""
-    return [kernel_gradient(x, gradient, size) if is_tall(size) else
-            kernel_gradient(x.transpose(2, 3), gradient.transpose(2, 3), size[::-1]).transpose(2, 3)
-            for gradient, size in zip(gradients, sizes)]
-
-
-def kernel_gradient(x: Tensor, gradient: Tensor, size: tuple[int, int]) -> Tensor:
-    """That of a tall kernel. Both maps as (C, N * (W + kw - 1), H), zeros between the images: a
-    shift of columns is then a shift of lines, and no shifted map is ever written."""
-    rows, columns = size
-    length, middle = x.shape[2], columns // 2
-    lines, across = _lines(x, middle), _lines(gradient, 0, columns - 1)
-    number = across.shape[1] - columns + 1  # beyond it there are zeros
-    across = across[:, :number].transpose(1, 2)
-    # Each shift's product is rounded to the map's dtype once, then summed in float32.
-    products = torch.stack([torch.bmm(across, lines[:, j:j + number]) for j in range(columns)], 1)
-    sums = diagonal_sums(products.to(sum_dtype(x)))  # (C, kw, 2 * length - 1)
-    margin = length - 1 - rows // 2
-    return sums[:, :, margin:margin + rows].transpose(1, 2)[:, None]
-
-
-def _lines(x: Tensor, before: int, after: int | None = None) -> Tensor:
+def padded_lines(x: Tensor, before: int, after: int) -> Tensor:
     """(N, C, H, W) -> (C, N * (before + W + after), H), with zero lines around every image."""
     num_images, channels, height, width = x.shape
-    after = before if after is None else after
     lines = x.new_zeros(channels, num_images, before + width + after, height)
     lines[:, :, before:before + width] = x.permute(1, 0, 3, 2)
     return lines.flatten(1, 2)
@@ -105,31 +74,53 @@ def diagonal_sums(matrices: Tensor) -> Tensor:
     return skewed.view(*matrices.shape[:-2], length, 2 * length - 1).sum(-2)
 
 
-def _outputs(x: Tensor, kernels: Sequence[Tensor], matrices: Sequence[Tensor]) -> list[Tensor]:
-    """Maps in the layout (C, H, N, W), or transposed, as (N, C, H, W) views."""
-    result, shifted = [], {}
-    for kernel, matrix in zip(kernels, matrices):
-        tall = is_tall(kernel.shape[2:])
-        of_map = x if tall else x.transpose(2, 3)
-        key = (tall, min(kernel.shape[2:]))
-        if key not in shifted:  # the tall and the small kernel share theirs
-            shifted[key] = _shifted(of_map, key[1])
-        num_images, channels, length, width = of_map.shape
-        y = torch.bmm(matrix, shifted[key]).view(channels, length, num_images, width)
-        y = y.permute(2, 0, 1, 3)
-        result.append(y if tall else y.transpose(2, 3))
-    return result
+def kernel_gradient(x: Tensor, gradient: Tensor, size: tuple[int, int]) -> Tensor:
+    """(C, 1, kh, kw): the gradient of the kernel's matrices, summed along their diagonals."""
+    if not is_tall(size):
+        tall = kernel_gradient(x.transpose(2, 3), gradient.transpose(2, 3), size[::-1])
+        return tall.transpose(2, 3)
+    rows, columns = size
+    length, middle = x.shape[2], columns // 2
+    # Both maps as (C, N * (W + kw - 1), H), zeros between the images: a shift of columns is then a
+    # shift of lines, and no shifted map is ever written.
+    lines, across = padded_lines(x, middle, middle), padded_lines(gradient, 0, columns - 1)
+    number = across.shape[1] - columns + 1  # beyond it there are zeros
+    across = across[:, :number].transpose(1, 2)
+    # Each shift's product is rounded to the map's dtype once, then summed in float32.
+    products = torch.stack([torch.bmm(across, lines[:, j:j + number]) for j in range(columns)], 1)
+    sums = diagonal_sums(products.to(sum_dtype(x)))  # (C, kw, 2 * length - 1)
+    margin = length - 1 - rows // 2
+    return sums[:, :, margin:margin + rows].transpose(1, 2)[:, None]
 
 
-def _shifted(x: Tensor, columns: int) -> Tensor:
-    """(N, C, H, W) -> (C, columns * H, N * W): the map shifted by -columns // 2 ... columns // 2
-    columns, zeros coming in."""
-    num_images, channels, height, width = x.shape
-    x = F.pad(x.permute(1, 2, 0, 3), (columns // 2, columns // 2))  # (C, H, N, W + columns - 1)
-    windows = x.unfold(3, width, 1)  # (C, H, N, columns, W)
-    return windows.permute(0, 3, 1, 2, 4).reshape(channels, columns * height, -1)
+class Banded(Backend):
+    def prepare(self, kernels: Sequence[Tensor], height: int, width: int,
+                dtype: torch.dtype) -> list[Tensor]:
+        """Per kernel the matrices (C, L, short * L), L the map's edge along the kernel's long one,
+        `short` the kernel's other edge."""
+        return [toeplitz(kernel, height).to(dtype) if is_tall(kernel.shape[2:])
+                else toeplitz(kernel.transpose(2, 3), width).to(dtype) for kernel in kernels]
+
+    def total(self, x: Tensor, kernels: Sequence[Tensor], prepared: Sequence[Tensor],
+              bias: Tensor) -> Tensor:
+        result = sum(convolve(x, kernels, prepared))
+        result += bias.view(-1, 1, 1)
+        return result.contiguous(memory_format=torch.channels_last)
+
+    def outputs(self, x: Tensor, kernels: Sequence[Tensor]) -> list[Tensor]:
+        maps = convolve(x, kernels, self.prepare(kernels, *x.shape[2:], x.dtype))
+        return [y.contiguous(memory_format=torch.channels_last) for y in maps]
+
+    def input_gradient(self, gradients: Sequence[Tensor], kernels: Sequence[Tensor]) -> Tensor:
+        flipped = [kernel.flip(2, 3) for kernel in kernels]
+        matrices = self.prepare(flipped, *gradients[0].shape[2:], gradients[0].dtype)
+        result = sum(convolve(gradient, [kernel], [matrix])[0]
+                     for gradient, kernel, matrix in zip(gradients, flipped, matrices))
+        return result.contiguous(memory_format=torch.channels_last)
+
+    def kernel_gradients(self, x: Tensor, gradients: Sequence[Tensor],
+                         sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+        return [kernel_gradient(x, gradient, size) for gradient, size in zip(gradients, sizes)]
 
 
-def sum_dtype(x: Tensor) -> torch.dtype:
-    """What sums over many values of x are kept in."""
-    return x.dtype if x.dtype == torch.float64 else torch.float32
+BACKEND = Banded()

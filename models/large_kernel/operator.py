@@ -1,136 +1,131 @@
-"""Large depthwise convolutions of one map: one operator, several exact implementations.
+"""Large depthwise convolutions of one map: one operator, several exact backends.
 
 `depthwise(x, kernels)` gives the "same"-padded depthwise convolution of a map with each of several
 kernels, e.g. SLaK's 51 x 5, 5 x 51 and 5 x 5 (Liu et al. 2023, arXiv 2207.03620), and
 `depthwise_sum` their sum. Which code computes it is chosen by device, dtype and kernel size:
 
-    conv     forward convolutions of the library in channels-last memory, the gradients too
-    banded   matrix products with the Toeplitz matrices of the kernels (models/banded.py)
-    triton   a fused CUDA kernel on matrix units (models/triton.py)
-    library  F.conv2d and its own gradient, in whatever layout the map has
+    conv     forward convolutions of PyTorch in channels-last memory, the gradients too (conv.py)
+    banded   matrix products with the Toeplitz matrices of the kernels (banded.py)
+    triton   a fused CUDA kernel on matrix units (triton.py)
+    torch    plain F.conv2d and its own gradient, in whatever layout the map has
 
 All of them give the same sums up to rounding and accumulate in float32.
 """
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.large_kernel import banded, conv, triton
+from utils.log import print_once
 from utils.registry import UserError
+
+BACKENDS = {"conv": conv.BACKEND, "banded": banded.BACKEND, "triton": triton.BACKEND}
+CHOICES = ("auto", *BACKENDS, "torch")
+OLD_NAMES = {"library": "torch"}
+ACCEPTED = (*CHOICES, *OLD_NAMES)  # by the flag --large-kernel
 
 # Smallest long edge for which cuDNN's depthwise kernels are left aside on a GPU; not measured.
 LARGE_FOR_CUDNN = 9
-
-
-class Backend(NamedTuple):
-    """Functions on a map (N, C, H, W) and kernels (C, 1, kh, kw), cut to the map's reach."""
-
-    why_not: Callable[[torch.device], str | None]  # None: runs there; else a sentence
-    prepare: Callable  # (kernels, height, width, dtype) -> tensors that a frozen network keeps
-    total: Callable  # (x, kernels, prepared, bias) -> sum of the convolutions
-    outputs: Callable  # (x, kernels) -> a map per kernel
-    input_gradient: Callable  # (a gradient per kernel, kernels) -> gradient of x
-    kernel_gradients: Callable  # (x, a gradient per kernel, sizes) -> a gradient per kernel
-    memory_format: torch.memory_format  # of every map that it gives
-
-
-BACKENDS = {
-    "conv": Backend(
-        conv.why_not, conv.prepare, conv.total, conv.outputs,
-        conv.input_gradient, conv.kernel_gradients, torch.channels_last),
-    "banded": Backend(
-        banded.why_not, banded.prepare, banded.total, banded.outputs, banded.input_gradient,
-        banded.kernel_gradients, torch.channels_last),
-    "triton": Backend(
-        triton.why_not, triton.prepare, triton.total,
-        triton.outputs, triton.input_gradient, triton.kernel_gradients,
-        torch.contiguous_format),
-}
-CHOICES = ("auto", *BACKENDS, "library")
+# Longest edge of a kernel that no run announces as a large one.
+LONGEST_ORDINARY = 9
 
 
 class LargeKernelModule(nn.Module):
-    """A module that calls the operator. `implementation` is one of CHOICES; see `use`."""
+    """A module that calls the operator. `backend` is one of CHOICES; see `set_backend`."""
 
-    implementation = "auto"
+    backend = "auto"
 
     def kernels(self) -> list[Tensor]:
         """(C, 1, kh, kw) each."""
         raise NotImplementedError
 
 
-def use(implementation: str, *networks: nn.Module | None) -> None:
-    """Let every large kernel of `networks` be computed by `implementation`. Raises UserError for
-    another than "auto" where there is none."""
-    found = [module for network in networks if network is not None
-             for module in network.modules() if isinstance(module, LargeKernelModule)]
-    if implementation != "auto" and not found:
-        raise UserError(f"--large-kernel {implementation} has no effect: no network here has large "
+def large_kernel_modules(network: nn.Module) -> list[LargeKernelModule]:
+    return [module for module in network.modules() if isinstance(module, LargeKernelModule)]
+
+
+def set_backend(backend: str, *networks: nn.Module | None) -> None:
+    """Let every large kernel of `networks` be computed by `backend`, one of ACCEPTED. Raises
+    UserError for another than "auto" where there is none."""
+    if backend in OLD_NAMES:
+        print_once(f"--large-kernel {backend} is understood as {OLD_NAMES[backend]}.")
+        backend = OLD_NAMES[backend]
+    modules = [module for network in networks if network is not None
+               for module in large_kernel_modules(network)]
+    if backend != "auto" and not modules:
+        raise UserError(f"--large-kernel {backend} has no effect: no network here has large "
                         "kernels. Leave it out.")
-    for module in found:
-        module.implementation = implementation
+    for module in modules:
+        module.backend = backend
 
 
 def describe_choice(network: nn.Module, device: torch.device, dtype: torch.dtype) -> str:
-    """Which implementations the large kernels of `network` will get, for the end of a sentence, and
-    why not the fused one on a GPU; empty for a network without large kernels."""
-    modules = [module for module in network.modules() if isinstance(module, LargeKernelModule)]
-    names = sorted({choose(module.implementation, device, dtype, module.kernels())
-                    for module in modules})
+    """Which backends the large kernels of `network` will get, for the end of a sentence, and why
+    not the fused one on a GPU; empty for a network without large kernels. Raises UserError for a
+    backend that cannot run there."""
+    names = set()
+    for module in large_kernel_modules(network):
+        name = choose(module.backend, device, dtype, module.kernels())
+        if longest_edge(module.kernels()) > LONGEST_ORDINARY:
+            names.add(name)
     if not names:
         return ""
-    reason = triton.why_not(device) if device.type == "cuda" else None
-    return f", large kernels by {' and '.join(names)}" + (f" ({reason})" if reason else "")
+    text = f", large kernels by {' and '.join(sorted(names))}"
+    if device.type == "cuda" and triton.BACKEND.why_not(device):
+        text += f" ({triton.BACKEND.why_not(device)})"
+    return text
 
 
-def choose(implementation: str, device: torch.device, dtype: torch.dtype,
+def choose(backend: str, device: torch.device, dtype: torch.dtype,
            kernels: Sequence[Tensor]) -> str:
-    """The implementation for a map of `dtype` on `device`: the one asked for, or for "auto" the one
+    """The backend for a map of `dtype` on `device`: the one asked for, or for "auto" the one
     expected to be fastest. Raises UserError for one that cannot run there."""
     if device.type == "meta":
-        return "library"
-    if implementation == "auto":
-        return _automatic(device, dtype, max(max(kernel.shape[2:]) for kernel in kernels))
-    if implementation == "library":
-        return implementation
-    if implementation not in BACKENDS:
-        raise UserError(f"unknown large-kernel implementation {implementation!r}. Known: "
-                        f"{', '.join(CHOICES)}.")
-    reason = BACKENDS[implementation].why_not(device)
+        return "torch"
+    if backend == "auto":
+        return fastest(device, dtype, longest_edge(kernels))
+    if backend == "torch":
+        return backend
+    if backend not in BACKENDS:
+        raise UserError(f"unknown large-kernel backend {backend!r}. Known: {', '.join(CHOICES)}.")
+    reason = BACKENDS[backend].why_not(device)
     if reason:
-        raise UserError(f"--large-kernel {implementation} cannot run on {device}: {reason} Use "
-                        "auto.")
-    return implementation
+        raise UserError(f"--large-kernel {backend} cannot run on {device}: {reason} Use auto.")
+    return backend
 
 
-def _automatic(device: torch.device, dtype: torch.dtype, edge: int) -> str:
-    """On a CPU `conv`: the library's forward pass and by far the fastest gradients
-    (docs/performance.md). On a GPU matrix products. Elsewhere, and in float64, the library."""
+def fastest(device: torch.device, dtype: torch.dtype, edge: int) -> str:
+    """On a CPU `conv`: PyTorch's forward pass and by far the fastest gradients
+    (docs/performance.md). On a GPU matrix products. Elsewhere, and in float64, `torch`."""
     if device.type == "cpu" and dtype != torch.float64:
         return "conv"
     if device.type == "cuda" and edge >= LARGE_FOR_CUDNN and dtype != torch.float64:
-        has_triton = dtype != torch.float32 and not triton.why_not(device)
-        return "triton" if has_triton else "banded"
-    return "library"
+        if dtype == torch.float32 or triton.BACKEND.why_not(device):
+            return "banded"
+        return "triton"
+    return "torch"
 
 
-def depthwise(x: Tensor, kernels: Sequence[Tensor], implementation: str = "auto") -> list[Tensor]:
+def longest_edge(kernels: Sequence[Tensor]) -> int:
+    return max(max(kernel.shape[2:]) for kernel in kernels)
+
+
+def depthwise(x: Tensor, kernels: Sequence[Tensor], backend: str = "auto") -> list[Tensor]:
     """The depthwise convolution of x (N, C, H, W) with each kernel (C, 1, kh, kw), odd edges, zeros
     around the map to keep its size; differentiable once in x and the kernels. Under autocast in
     its dtype, as F.conv2d."""
-    x, kernels = _cast(x, kernels)
-    name = choose(implementation, x.device, x.dtype, kernels)
-    if name == "library":
-        return [_library(x, kernel) for kernel in kernels]
+    x, kernels = autocast(x, kernels)
+    name = choose(backend, x.device, x.dtype, kernels)
+    if name == "torch":
+        return [F.conv2d(x, kernel, padding=(kernel.shape[2] // 2, kernel.shape[3] // 2),
+                         groups=x.shape[1]) for kernel in kernels]
     return _branches(x, [cropped(kernel, *x.shape[2:]) for kernel in kernels], name)
 
 
 class Prepared:
-    """What an implementation precomputed from kernels that do not change, for the latest kind of
-    map."""
+    """What a backend precomputed from kernels that do not change, for the latest kind of map."""
 
     def __init__(self) -> None:
         self.clear()
@@ -155,16 +150,15 @@ class Prepared:
 
 
 def depthwise_sum(x: Tensor, kernels: Sequence[Tensor], bias: Tensor, prepared: Prepared,
-                  implementation: str = "auto") -> Tensor:
+                  backend: str = "auto") -> Tensor:
     """Sum of `depthwise` plus a bias (C,). The kernels must not change between calls with the same
     `prepared`."""
     needs_gradient = torch.is_grad_enabled() and (
         any(value.requires_grad for value in (x, bias, *kernels)))
-    x, (bias,) = _cast(x, [bias])
-    name = choose(implementation, x.device, x.dtype, kernels)
-    if needs_gradient or name == "library":
-        total = sum(depthwise(x, kernels, name))
-        return total + bias.view(-1, 1, 1)
+    x, (bias,) = autocast(x, [bias])
+    name = choose(backend, x.device, x.dtype, kernels)
+    if needs_gradient or name == "torch":
+        return sum(depthwise(x, kernels, name)) + bias.view(-1, 1, 1)
     prepared.update(name, x, kernels)
     return _total(x, prepared.kernels, prepared.tensors, bias, name)
 
@@ -176,12 +170,7 @@ def cropped(kernel: Tensor, height: int, width: int) -> Tensor:
     return kernel[:, :, top:rows - top, left:columns - left]
 
 
-def _library(x: Tensor, kernel: Tensor) -> Tensor:
-    padding = (kernel.shape[2] // 2, kernel.shape[3] // 2)
-    return F.conv2d(x, kernel, padding=padding, groups=x.shape[1])
-
-
-def _cast(x: Tensor, others: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+def autocast(x: Tensor, others: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """To the dtype of autocast where it is on, else the others to that of x."""
     dtype = x.dtype
     if (x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type)
@@ -209,20 +198,25 @@ def _(x: Tensor, kernels: Sequence[Tensor], name: str) -> list[Tensor]:
            "bool of_kernels) -> Tensor[]")
 def _branches_backward(x: Tensor, kernels: Sequence[Tensor], gradients: Sequence[Tensor],
                        name: str, of_input: bool, of_kernels: bool) -> list[Tensor]:
-    found = BACKENDS[name]
-    result = [found.input_gradient(gradients, kernels)] if of_input else []
+    result = []
+    if of_input:
+        result.append(BACKENDS[name].input_gradient(gradients, kernels))
     if of_kernels:
         sizes = [tuple(kernel.shape[2:]) for kernel in kernels]
-        result += [gradient.to(x.dtype).contiguous()
-                   for gradient in found.kernel_gradients(x, gradients, sizes)]
+        for gradient in BACKENDS[name].kernel_gradients(x, gradients, sizes):
+            result.append(gradient.to(x.dtype).contiguous())
     return result
 
 
 @_branches_backward.register_fake
 def _(x: Tensor, kernels: Sequence[Tensor], gradients: Sequence[Tensor], name: str,
       of_input: bool, of_kernels: bool) -> list[Tensor]:
-    return [_empty(x, name)] * of_input + [torch.empty(k.shape, dtype=x.dtype, device=x.device)
-                                           for k in kernels] * of_kernels
+    result = []
+    if of_input:
+        result.append(_empty(x, name))
+    if of_kernels:
+        result += [x.new_empty(kernel.shape) for kernel in kernels]
+    return result
 
 
 def _keep(ctx, inputs: tuple, output: list[Tensor]) -> None:
@@ -234,7 +228,8 @@ def _backward(ctx, gradients: Sequence[Tensor]) -> tuple:
     x, *kernels = ctx.saved_tensors
     of_input, of_kernels = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1])
     found = _branches_backward(x, kernels, list(gradients), ctx.name, of_input, of_kernels)
-    return (found.pop(0) if of_input else None), (found or [None] * len(kernels)), None
+    of_x = found.pop(0) if of_input else None
+    return of_x, found if of_kernels else [None] * len(kernels), None
 
 
 _branches.register_autograd(_backward, setup_context=_keep)

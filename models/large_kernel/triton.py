@@ -1,9 +1,21 @@
-"""The two Triton kernels behind models/triton_kernels.py, which says what they compute and why,
-and their launches.
+"""Large depthwise convolutions on matrix units in Triton, forward and backward, fused: the 51x5,
+5x51 and 5x5 kernels of SLaK over one map in one launch.
 
-A matrix's columns are (image, position along the short axis) pairs, so that a group of small maps
-fills one. Tall and wide kernels differ only in TALL: which axis is the long one and which stride
-goes with it.
+A tall kernel is a sum of matrix products, one per column j of the kernel: out = sum_j T_j @ X_j
+with X_j the map moved by j - kw // 2 columns and T_j[h, h'] = k[h' - h + kh // 2, j] a banded
+Toeplitz matrix. A wide kernel is the same with rows and columns exchanged. "Long" is the axis along
+which the kernel is long and the matrices act, "short" the one along which the map is moved. A
+matrix's columns are (image, position along the short axis) pairs, so that a group of small maps
+fills one.
+
+Per output element, for those three kernels summed over 56 x 56 maps in 16 bits: 10 shifts x 64 (a
+row of T) x 64^2 / 56^2 = 836 multiply-adds on matrix units (the direct sum takes 535 on the others)
+and 4 bytes of device memory, 2 read and 2 written. In the time of 4 bytes an H200 does some 370
+(4.3 TB/s and 788 TFLOP/s, measured): matrix units and L1 are the limit, not device memory.
+
+No result depends on the order in which programs run, and what cannot be computed raises
+ValueError. Maps are float32 (exact products), bfloat16 or float16, summed in float32; results are
+contiguous. Kernels may have any floating dtype; they are rounded to the map's.
 """
 from __future__ import annotations
 
@@ -15,11 +27,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.large_kernel.backend import Backend
+
 try:
     import triton
     import triton.language as tl
-except ImportError:  # optional; models/triton_kernels.py says so to who asks
+except ImportError:  # optional; `why_not` says so to who asks
     triton = None
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Columns of an accumulator: 64 x 128 float32 over 4 warps are 64 registers of a thread, which
 # leaves room for the operands and for several programs on one multiprocessor.
@@ -32,6 +48,9 @@ MIN_PROGRAMS = 1056  # 8 on each of 132 multiprocessors; below, kernel_gradients
 
 jit = triton.jit if triton else (lambda function: function)
 
+
+# On the device. Tall and wide kernels differ only in TALL: which axis is the long one and which
+# stride goes with it.
 
 @jit
 def _dot(left, right, acc):
@@ -204,28 +223,31 @@ class Branch(NamedTuple):
     blocks: Tensor
 
 
+def three(values: Sequence) -> list:
+    """Up to three values, the last one repeated: Triton 3.2 takes no tuple of pointers."""
+    return [*values, *[values[-1]] * (3 - len(values))]
+
+
 def launch_sum(xs: Sequence[Tensor], branches: Sequence[Branch], *, separate: bool = False,
                bias: Tensor | None = None) -> list[Tensor]:
     """Sum of the convolutions of xs[i] with branches[i] and of the bias (C,), one map (N, C, H, W),
-    or each convolution by itself, a map per branch. The maps are contiguous, three at most: Triton
-    3.2 takes no tuple of pointers."""
+    or each convolution by itself, a map per branch. The maps are contiguous, three at most."""
     num_images, num_channels, height, width = xs[0].shape
     outs = [torch.empty_like(xs[0]) for _ in (branches if separate else branches[:1])]
-    block, unused = branches[0].blocks.shape[-1], 3 - len(branches)
+    blocks = [branch.blocks for branch in branches]
+    block = blocks[0].shape[-1]
     forms = {}
-    for i, branch in enumerate([*branches, *[branches[-1]] * unused]):
+    for i, branch in enumerate(three(branches)):
         offsets, shifts = branch.blocks.shape[1:3]
         forms |= {f"TALL{i}": branch.tall, f"OFFSETS{i}": offsets,
                   f"SHIFTS{i}": shifts if i < len(branches) else 0}
-    blocks = [branch.blocks for branch in branches]
     group = min(COLUMNS // block, triton.next_power_of_2(max(num_images, 1)))
     tiles = triton.cdiv(height, block) * triton.cdiv(width, block)
     with torch.cuda.device_of(xs[0]):
         sum_kernel[(triton.cdiv(num_images, group) * tiles, num_channels)](
-            *outs, *outs[-1:] * (3 - len(outs)), *xs, *xs[-1:] * unused, *blocks,
-            *blocks[-1:] * unused, blocks[0] if bias is None else bias, num_images, num_channels,
-            H=height, W=width, SEPARATE=separate, BIAS=bias is not None, **forms, BLOCK=block,
-            GROUP=group, **LAUNCH)
+            *three(outs), *three(xs), *three(blocks), blocks[0] if bias is None else bias,
+            num_images, num_channels, H=height, W=width, SEPARATE=separate,
+            BIAS=bias is not None, **forms, BLOCK=block, GROUP=group, **LAUNCH)
     return outs
 
 
@@ -248,25 +270,6 @@ def launch_product(x: Tensor, gradient: Tensor, tall: bool, form: tuple[int, int
     return out.sum(0)
 
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def why_not(device: torch.device) -> str | None:
-    """None if the functions below run on `device`, else one sentence that says why not."""
-    if triton is None:
-        return "Triton is not installed."
-    if INTERPRETED:
-        return None
-    if device.type != "cuda":
-        return (f"Triton's kernels need a GPU, not the device '{device.type}'; "
-                f"TRITON_INTERPRET=1, set before Triton is imported, runs them slowly without one.")
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0):
-        return (f"The GPU's compute capability is {capability[0]}.{capability[1]}, and bfloat16 "
-                f"matrix products need 8.0.")
-    return None
-
-
 # Kernels as matrices
 
 
@@ -281,10 +284,14 @@ def geometry(size: tuple[int, int], height: int, width: int, block: int) -> tupl
     """Whether a kernel is tall, how many tiles it reaches to either side on such maps, and by how
     much the line of differences m' - m + offset * block outgrows the kernel at either end
     (negative where the kernel is the larger)."""
-    tall, reach = size[0] > size[1], max(size) // 2
+    tall, reach = is_tall(size), max(size) // 2
     tiles = -(-(height if tall else width) // block)
     away = min(-(-reach // block), tiles - 1)
     return tall, away, (away + 1) * block - 1 - reach
+
+
+def is_tall(size: Sequence[int]) -> bool:
+    return size[0] > size[1]
 
 
 def in_middle(kernel: Tensor, size: tuple[int, int]) -> Tensor:
@@ -301,9 +308,13 @@ def covering(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
 def merged(kernels: Sequence[Tensor]) -> list[Tensor]:
     """One or two kernels with the same sum of convolutions: that of the tall ones, of the others.
     A 5x5 kernel is then free beside a 5x51 one."""
-    groups = [[k for k in kernels if (k.shape[2] > k.shape[3]) == tall] for tall in (True, False)]
-    return [sum(in_middle(k.float(), covering([k.shape[2:] for k in group])) for k in group)
-            for group in groups if group]
+    result = []
+    for tall in (True, False):
+        group = [kernel.float() for kernel in kernels if is_tall(kernel.shape[2:]) == tall]
+        if group:
+            size = covering([kernel.shape[2:] for kernel in group])
+            result.append(sum(in_middle(kernel, size) for kernel in group))
+    return result
 
 
 def as_branch(kernel: Tensor, height: int, width: int, dtype: torch.dtype) -> Branch:
@@ -325,11 +336,17 @@ def diagonals(blocks: Tensor, margin: int) -> Tensor:
     return F.pad(skewed.sum(2), (-margin, -margin))
 
 
-@torch.no_grad()
-def prepare(kernels: Sequence[Tensor], height: int, width: int, dtype: torch.dtype) -> list[Tensor]:
-    """Toeplitz blocks for `total` on maps of this size and dtype. They do not follow later changes
-    of the kernels."""
-    return [as_branch(kernel, height, width, dtype).blocks for kernel in merged(kernels)]
+def kernel_gradient(x: Tensor, gradient: Tensor, size: tuple[int, int]) -> Tensor:
+    """Float32 (C, 1, *size) in one launch."""
+    check(gradient, [(x.shape[1], 1, *size)])
+    if gradient.shape != x.shape or gradient.dtype != x.dtype:
+        raise ValueError(f"expected gradients like the map, {tuple(x.shape)} in {x.dtype}; got "
+                         f"{tuple(gradient.shape)} in {gradient.dtype}.")
+    block = block_size(*x.shape[2:], x.dtype)
+    tall, away, margin = geometry(size, *x.shape[2:], block)
+    form = (2 * away + 1, min(size), block)
+    lines = diagonals(launch_product(x, gradient.contiguous(), tall, form), margin)
+    return (lines.transpose(1, 2) if tall else lines).unsqueeze(1)
 
 
 def check(x: Tensor, shapes: Sequence[tuple[int, ...]]) -> None:
@@ -351,66 +368,74 @@ def check_pairs(gradients: Sequence[Tensor], kernels: Sequence) -> None:
                          f"for {len(kernels)} kernels.")
 
 
-# Public functions
+class Triton(Backend):
+    memory_format = torch.contiguous_format
+
+    def why_not(self, device: torch.device) -> str | None:
+        if triton is None:
+            return "Triton is not installed."
+        if INTERPRETED:
+            return None
+        if device.type != "cuda":
+            return (f"Triton's kernels need a GPU, not the device '{device.type}'; "
+                    "TRITON_INTERPRET=1, set before Triton is imported, runs them slowly without "
+                    "one.")
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 0):
+            return (f"The GPU's compute capability is {capability[0]}.{capability[1]}, and "
+                    "bfloat16 matrix products need 8.0.")
+        return None
+
+    def prepare(self, kernels: Sequence[Tensor], height: int, width: int,
+                dtype: torch.dtype) -> list[Tensor]:
+        """Toeplitz blocks of the tall kernels' sum and of the others'."""
+        return [as_branch(kernel, height, width, dtype).blocks for kernel in merged(kernels)]
+
+    def total(self, x: Tensor, kernels: Sequence[Tensor], prepared: Sequence[Tensor],
+              bias: Tensor) -> Tensor:
+        """In one launch. Kernels of one orientation were added up before they meet the map."""
+        check(x, [kernel.shape for kernel in kernels])
+        talls = sorted({is_tall(kernel.shape[2:]) for kernel in kernels}, reverse=True)
+        branches = [Branch(tall, blocks) for tall, blocks in zip(talls, prepared)]
+        return launch_sum([x.contiguous()] * len(branches), branches, bias=bias)[0]
+
+    def outputs(self, x: Tensor, kernels: Sequence[Tensor]) -> list[Tensor]:
+        """In one launch for three kernels."""
+        check(x, [kernel.shape for kernel in kernels])
+        branches = [as_branch(kernel, *x.shape[2:], x.dtype) for kernel in kernels]
+        x, result = x.contiguous(), []
+        for i in range(0, len(branches), 3):
+            part = branches[i:i + 3]
+            result += launch_sum([x] * len(part), part, separate=True)
+        return result
+
+    def input_gradient(self, gradients: Sequence[Tensor], kernels: Sequence[Tensor]) -> Tensor:
+        """One launch for up to three kernels. The same tensor given several times counts as one and
+        is read once."""
+        check_pairs(gradients, kernels)
+        maps, branches = [], []
+        for gradient in {id(g): g for g in gradients}.values():
+            check(gradient, [kernel.shape for kernel in kernels])
+            flipped = [k.flip(2, 3) for g, k in zip(gradients, kernels) if g is gradient]
+            found = [as_branch(kernel, *gradient.shape[2:], gradient.dtype)
+                     for kernel in merged(flipped)]
+            maps += [gradient.contiguous()] * len(found)
+            branches += found
+        parts = [launch_sum(maps[i:i + 3], branches[i:i + 3])[0] for i in range(0, len(maps), 3)]
+        return reduce(torch.add, parts)
+
+    def kernel_gradients(self, x: Tensor, gradients: Sequence[Tensor],
+                         sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """In float32. Kernels of one orientation with the same tensor as gradient share a launch:
+        the smaller's is the middle of the larger's."""
+        check_pairs(gradients, sizes)
+        x, whole = x.contiguous(), {}
+        keys = [(id(gradient), is_tall(size)) for gradient, size in zip(gradients, sizes)]
+        for key, gradient in zip(keys, gradients):
+            if key not in whole:
+                size = covering([size for other, size in zip(keys, sizes) if other == key])
+                whole[key] = kernel_gradient(x, gradient, size)
+        return [in_middle(whole[key], size).contiguous() for key, size in zip(keys, sizes)]
 
 
-@torch.no_grad()
-def total(x: Tensor, kernels: Sequence[Tensor], prepared: Sequence[Tensor] | None = None,
-          bias: Tensor | None = None) -> Tensor:
-    """Sum over kernels of the convolutions of x, and of a bias (C,), in one launch. Kernels of one
-    orientation are added up (in float32) before they meet the map. `prepared`: what `prepare` made
-    for such maps."""
-    check(x, [kernel.shape for kernel in kernels])
-    blocks = prepare(kernels, *x.shape[2:], x.dtype) if prepared is None else prepared
-    talls = sorted({kernel.shape[2] > kernel.shape[3] for kernel in kernels}, reverse=True)
-    branches = [Branch(tall, values) for tall, values in zip(talls, blocks)]
-    return launch_sum([x.contiguous()] * len(branches), branches, bias=bias)[0]
-
-
-@torch.no_grad()
-def outputs(x: Tensor, kernels: Sequence[Tensor]) -> list[Tensor]:
-    """Each convolution of x by itself, in one launch for three kernels."""
-    check(x, [kernel.shape for kernel in kernels])
-    branches = [as_branch(kernel, *x.shape[2:], x.dtype) for kernel in kernels]
-    x = x.contiguous()
-    parts = [branches[i:i + 3] for i in range(0, len(branches), 3)]
-    return [y for part in parts for y in launch_sum([x] * len(part), part, separate=True)]
-
-
-@torch.no_grad()
-def input_gradient(gradients: Sequence[Tensor], kernels: Sequence[Tensor]) -> Tensor:
-    """Gradient of the input from that of each output: the sum of convolutions of gradients[i] with
-    kernels[i] turned by 180 degrees. One launch for up to three; the same tensor given several
-    times counts as one and is read once."""
-    check_pairs(gradients, kernels)
-    terms = []
-    for gradient in {id(g): g for g in gradients}.values():
-        check(gradient, [kernel.shape for kernel in kernels])
-        flipped = [k.flip(2, 3) for g, k in zip(gradients, kernels) if g is gradient]
-        shape, dtype, values = gradient.shape[2:], gradient.dtype, gradient.contiguous()
-        terms += [(values, as_branch(kernel, *shape, dtype)) for kernel in merged(flipped)]
-    parts = [zip(*terms[i:i + 3]) for i in range(0, len(terms), 3)]
-    return reduce(torch.add, [launch_sum(*part)[0] for part in parts])
-
-
-@torch.no_grad()
-def kernel_gradients(x: Tensor, gradients: Sequence[Tensor],
-                     sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
-    """Float32 gradients (C, 1, *sizes[i]) of kernels from that of each output. Kernels of one
-    orientation with the same tensor as gradient share a launch: the smaller's is the middle of
-    the larger's."""
-    check_pairs(gradients, sizes)
-    x, block, whole = x.contiguous(), block_size(*x.shape[2:], x.dtype), {}
-    keys = [(id(gradient), height > width) for gradient, (height, width) in zip(gradients, sizes)]
-    for key, gradient in zip(keys, gradients):
-        if key not in whole:
-            size = covering([size for other, size in zip(keys, sizes) if other == key])
-            check(gradient, [(x.shape[1], 1, *size)])
-            if gradient.shape != x.shape or gradient.dtype != x.dtype:
-                raise ValueError(f"expected gradients like the map, {tuple(x.shape)} in {x.dtype}; "
-                                 f"got {tuple(gradient.shape)} in {gradient.dtype}.")
-            tall, away, margin = geometry(size, *x.shape[2:], block)
-            form = (2 * away + 1, min(size), block)
-            lines = diagonals(launch_product(x, gradient.contiguous(), tall, form), margin)
-            whole[key] = (lines.transpose(1, 2) if tall else lines).unsqueeze(1)
-    return [in_middle(whole[key], size).contiguous() for key, size in zip(keys, sizes)]
+BACKEND = Triton()

@@ -1,4 +1,4 @@
-"""ImageNet's further test sets: tiny folders in the layout of their authors, figures by hand."""
+"""ImageNet's further test sets: tiny folders in the layout of their authors, values by hand."""
 import json
 import os
 import re
@@ -23,8 +23,8 @@ from models import create_model
 from models.base import IMAGENET_MEAN, IMAGENET_STD
 
 REPOSITORY = Path(__file__).parent.parent
-SIZE, SHORT = 48, 54  # pixels: the network's, and of a picture's short side at 224/256
-NUM_PICTURES = 24
+SIZE, SHORT = 48, 54  # pixels: the network's, and of an image's short side at 224/256
+NUM_IMAGES = 24
 WNIDS = imagenet_wnids()
 C_GROUPS = [(name, severity) for name in ALEXNET_ERRORS for severity in range(1, 6)]
 TARS = {"noise": ("gaussian_noise", "shot_noise", "impulse_noise"),
@@ -35,9 +35,9 @@ TARS = {"noise": ("gaussian_noise", "shot_noise", "impulse_noise"),
 
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory) -> list[Path]:
-    """ImageBatch that the sets are made of."""
+    """Images that the sets are made of."""
     folder, rng = tmp_path_factory.mktemp("pool"), np.random.default_rng(0)
-    paths = [folder / f"{number:02d}.jpg" for number in range(NUM_PICTURES)]
+    paths = [folder / f"{number:02d}.jpg" for number in range(NUM_IMAGES)]
     for path in paths:
         colours = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8))
         colours.resize((72, 60), Image.Resampling.BICUBIC).save(path, quality=95)
@@ -54,7 +54,7 @@ def logits_of(model, paths: list[Path], short: int) -> Tensor:
 
 
 def seeded_model(name: str, num_classes: int, pool: list[Path]):
-    """Random weights that see many classes in the pictures."""
+    """Random weights that see many classes in the images."""
     torch.manual_seed(0)
     model = create_model(name, num_classes)
     head = getattr(model, "fc", None) or model.head
@@ -78,7 +78,7 @@ def weights(model, tmp_path_factory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def logits(model, pool) -> Tensor:
-    """(NUM_PICTURES, 1000)"""
+    """(NUM_IMAGES, 1000)"""
     return logits_of(model, pool, SHORT)
 
 
@@ -102,7 +102,7 @@ def rows_of(printed: str) -> dict[str, str]:
 
 def place(pool: list[Path], root: Path, labels: list[int], names: list[str] = WNIDS,
           file_name: str = "{:02d}.jpg") -> None:
-    """Picture k into the folder of labels[k]."""
+    """Image k into the folder of labels[k]."""
     for number, (path, label) in enumerate(zip(pool, labels)):
         folder = root / names[label]
         folder.mkdir(parents=True, exist_ok=True)
@@ -110,7 +110,7 @@ def place(pool: list[Path], root: Path, labels: list[int], names: list[str] = WN
 
 
 def half_right(logits: Tensor, classes: list[int]) -> list[int]:
-    """A label per picture: for every second the best of `classes`, else each of them in turn."""
+    """A label per image: for every second the best of `classes`, else each of them in turn."""
     best = logits[:, classes].argmax(1).tolist()
     return [classes[best[k] if k % 2 else k // 2 % len(classes)] for k in range(len(best))]
 
@@ -119,7 +119,7 @@ def percent(hits: Tensor) -> str:
     return f"{100 * hits.double().mean():.2f} %"
 
 
-SOME = [9, 107, 2, 880, 541, 300, 999]  # classes that the pictures are hardly seen as
+SOME = [9, 107, 2, 880, 541, 300, 999]  # classes that the images are hardly seen as
 
 
 def test_the_classes_are_imagenets():
@@ -136,20 +136,20 @@ def test_only_the_classes_of_a_and_r_compete(name, pool, logits, weights, evalua
     labels = half_right(logits, SOME)
     root = tmp_path / name.replace("_", "-")
     place(pool, root, labels)
-    (root / "README.txt").write_text("pictures")
+    (root / "README.txt").write_text("images")
     (root / ".cache").mkdir()
     rows, printed = evaluate(*weights, "--data-set", name, "--data-path", root)
     target = torch.tensor([SOME.index(label) for label in labels])
     sliced = logits[:, SOME]
     hits = sliced.topk(5).indices == target[:, None]
-    assert rows["images"] == str(NUM_PICTURES)
+    assert rows["images"] == str(NUM_IMAGES)
     assert rows["top-1"] == percent(hits[:, 0]) and rows["top-5"] == percent(hits.any(1))
     loss = torch.nn.functional.cross_entropy(sliced, target)
     assert float(rows["cross-entropy"]) == pytest.approx(loss.item(), abs=2e-3)
     assert rows["classes"] == "7 of the model's 1000 compete"
     assert f"{name}: 7 of its 200 classes are there" in printed
     everywhere = logits.argmax(1) == torch.tensor(labels)
-    assert everywhere.sum() < hits[:, 0].sum() < NUM_PICTURES  # else this shows nothing
+    assert everywhere.sum() < hits[:, 0].sum() < NUM_IMAGES  # else this shows nothing
 
 
 def test_all_classes_compete_on_sketch(pool, logits, weights, evaluate, tmp_path):
@@ -158,7 +158,7 @@ def test_all_classes_compete_on_sketch(pool, logits, weights, evaluate, tmp_path
     rows, _ = evaluate(*weights, "--data-set", "imagenet_sketch",
                        "--data-path", tmp_path / "sketch")
     hits = logits.topk(5).indices == torch.tensor(labels)[:, None]
-    assert NUM_PICTURES / 2 <= hits[:, 0].sum() < NUM_PICTURES
+    assert NUM_IMAGES / 2 <= hits[:, 0].sum() < NUM_IMAGES
     assert rows["top-1"] == percent(hits[:, 0]) and rows["top-5"] == percent(hits.any(1))
     assert "classes" not in rows
 
@@ -203,9 +203,9 @@ def test_large_kernels_are_chosen_below_the_restriction(pool, evaluate, tmp_path
     place(pool, tmp_path / "a", labels)
     rows, printed = evaluate(
         "--model", "slak_nano", "--weights", tmp_path / "slak.pth", "--input-size", SIZE,
-        "--large-kernel", "library", "--data-set", "imagenet_a", "--data-path", tmp_path / "a")
+        "--large-kernel", "torch", "--data-set", "imagenet_a", "--data-path", tmp_path / "a")
     best = torch.tensor(SOME)[logits[:, SOME].argmax(1)]
-    assert "large kernels by library" in printed
+    assert "large kernels by torch" in printed
     assert rows["top-1"] == percent(best == torch.tensor(labels))
 
 
@@ -221,7 +221,7 @@ def test_the_folders_of_v2_are_labels_not_places(by, pool, logits, weights, eval
     root = tmp_path / "imagenetv2-matched-frequency-format-val"
     place(pool, root, labels, names, "{:040x}.jpeg")
     source = data.create_dataset("imagenet_v2", "val", str(root))
-    data.align(source, None, 1000)
+    source.align(None, 1000)
     for index in range(len(source)):
         folder = Path(source.name_of(index)).parent.name
         assert names[source.load(index)[1]] == folder
@@ -237,7 +237,7 @@ def test_the_folders_of_v2_are_labels_not_places(by, pool, logits, weights, eval
 
 def real_set(root: Path, pool: list[Path], labels: list[int], answers: list[list[int]]) -> Path:
     place(pool, root / "val", labels, file_name="ILSVRC2012_val_{:08d}.JPEG")
-    rest = [[7]] * (50_000 - len(answers))  # of pictures that are not there
+    rest = [[7]] * (50_000 - len(answers))  # of images that are not there
     (root / "real.json").write_text(json.dumps(answers + rest))
     return root
 
@@ -261,11 +261,11 @@ def test_real_labels(place_of_labels, pool, logits, weights, evaluate, tmp_path)
     rows, _ = evaluate(*weights, "--data-set", "imagenet_real", *words, "--data-path", root)
     assert rows["images"] == "24"
     assert rows["top-1"] == percent(logits.argmax(1) == torch.tensor(labels))
-    # Of four pictures one has no answers, and of the other three two have the best class.
+    # Of four images one has no answers, and of the other three two have the best class.
     assert rows["ReaL top-1"] == "66.67 % of the 18 images that have such labels"
 
 
-def test_a_skipped_picture_has_no_real_label(pool, logits, weights, evaluate, tmp_path):
+def test_a_skipped_image_has_no_real_label(pool, logits, weights, evaluate, tmp_path):
     best = logits.argmax(1).tolist()
     root = real_set(tmp_path, pool, best, real_answers(best))
     for number in (4, 12, 15):  # once among others, alone, and once wrong
@@ -281,7 +281,7 @@ def test_a_skipped_picture_has_no_real_label(pool, logits, weights, evaluate, tm
 
 def c_set(root: Path, pool: list[Path], logits: Tensor, in_tars: bool = False
           ) -> dict[tuple[str, int], Tensor]:
-    """Two classes, a few pictures of each in every folder; whether each is right, as the model at
+    """Two classes, a few images of each in every folder; whether each is right, as the model at
     crop 1.0 sees it."""
     rng = np.random.default_rng(1)
     best = logits.argmax(1).tolist()
@@ -333,11 +333,11 @@ def test_alexnet_has_an_mce_of_100(pool, logits, tmp_path):
     source = data.create_dataset("imagenet_c", "val", str(tmp_path))
     source.num_present = 1000
     errors = torch.tensor(PUBLISHED, dtype=torch.float64).repeat_interleave(5)
-    rows = source.figures(torch.stack([50_000 * (1 - errors), torch.full((75,), 50_000.0)]))
+    rows = source.metric.rows(torch.stack([50_000 * (1 - errors), torch.full((75,), 50_000.0)]))
     assert rows["mCE"] == "100.00 %" and rows["fog"] == "error 81.93 %, CE 100.00 %"
 
 
-def test_the_pictures_of_c_are_not_resized(pool, model, evaluate, weights, tmp_path):
+def test_the_images_of_c_are_not_resized(pool, model, evaluate, weights, tmp_path):
     """Neither by the default nor by the checkpoint's; --crop-pct wins."""
     at_1, at_875 = logits_of(model, pool, SIZE), logits_of(model, pool, SHORT)
     labels = at_1.argmax(1).tolist()
@@ -352,7 +352,7 @@ def test_the_pictures_of_c_are_not_resized(pool, model, evaluate, weights, tmp_p
         assert evaluate(*source, *words)[0]["top-1"] == "100.00 %"
         rows, _ = evaluate(*source, *words, "--crop-pct", "0.875")
         assert rows["top-1"] == percent(at_875.argmax(1) == torch.tensor(labels))
-    # Other sets see as much of a picture as the checkpoint says.
+    # Other sets see as much of an image as the checkpoint says.
     place(pool, tmp_path / "v2", labels)
     v2 = ["--data-set", "imagenet_v2", "--data-path", tmp_path / "v2"]
     assert evaluate("--checkpoint", tmp_path / "own.pth", *v2)[0]["top-1"] == rows["top-1"]
@@ -377,20 +377,20 @@ def test_some_corruptions_have_no_mce(pool, model, weights, evaluate, tmp_path):
     assert beyond["mCE"] == f"{100 * sum(ratios) / 15:.2f} %{OF_TWO}"
 
 
-def test_a_skipped_picture_is_in_no_error(pool, model, weights, evaluate, tmp_path):
+def test_a_skipped_image_is_in_no_error(pool, model, weights, evaluate, tmp_path):
     logits = logits_of(model, pool, SIZE)
     labels = logits.argmax(1).tolist()
     wrong = min({*range(1000)} - {*labels})
     for severity in range(1, 6):
         place(pool, tmp_path / "fog" / str(severity), labels)
         place(pool[:1], tmp_path / "fog" / str(severity), [wrong])
-        (tmp_path / "fog" / str(severity) / WNIDS[wrong] / "01.jpg").write_bytes(b"no picture")
+        (tmp_path / "fog" / str(severity) / WNIDS[wrong] / "01.jpg").write_bytes(b"no image")
     rows, _ = evaluate(*weights, "--data-set", "imagenet_c", "corruptions=fog", "--data-path",
                        tmp_path, "--skip-bad-images")
     assert rows["fog"] == "error 0.00 %, CE 0.00 %" and rows["top-1"] == "100.00 %"
 
 
-def test_two_processes_give_the_same_figures(pool, model, weights, evaluate, tmp_path):
+def test_two_processes_give_the_same_values(pool, model, weights, evaluate, tmp_path):
     c_set(tmp_path, pool, logits_of(model, pool, SIZE))
     words = [*weights, "--data-set", "imagenet_c", "--data-path", str(tmp_path)]
     one, _ = evaluate(*words)
@@ -414,13 +414,13 @@ def test_counts_are_additive(name, pool, logits, tmp_path):
     else:
         real_set(tmp_path, pool, best, real_answers(best))
     source = data.create_dataset(name, "val", str(tmp_path))
-    data.align(source, None, 1000)
+    source.align(None, 1000)
     index = torch.arange(len(source))
     top5 = torch.randint(0, 1000, (len(index), 5), generator=torch.Generator().manual_seed(0))
     top5[::2, 0] = torch.tensor([source.load(k)[1] for k in index[::2].tolist()])
-    whole = source.count(index, top5)
-    parts = [source.count(index[rank::3], top5[rank::3]) for rank in range(3)]
-    none = source.count(index[:0], top5[:0])
+    count = source.metric.count
+    whole, none = count(index, top5), count(index[:0], top5[:0])
+    parts = [count(index[rank::3], top5[rank::3]) for rank in range(3)]
     assert whole.dtype == none.dtype == torch.float64 and whole.sum() > 0
     assert torch.equal(sum(parts) + none, whole)
 
@@ -444,11 +444,11 @@ OF_TEN = [0, 3, 5, 6]  # its classes that the set has
 
 
 def mixed_labels(own: Tensor, classes: list[str]) -> list[int]:
-    """Places among ImageNet's; every third picture is of a class that the model does not know."""
+    """Places among ImageNet's; every third image is of a class that the model does not know."""
     best = own[:, OF_TEN].argmax(1).tolist()
     return [4 + k % 2 if k % 3 == 0 else
             WNIDS.index(classes[OF_TEN[best[k] if k % 2 else k // 2 % 4]])
-            for k in range(NUM_PICTURES)]
+            for k in range(NUM_IMAGES)]
 
 
 @pytest.mark.parametrize("name", ["imagenet_a", "imagenet_sketch"])
@@ -464,7 +464,7 @@ def test_classes_are_matched_by_name(name, ten, pool, evaluate, tmp_path):
                            for label, is_known in zip(labels, known)])[known]
     competing = OF_TEN if name == "imagenet_a" else list(range(10))
     best = torch.tensor(competing)[own[known][:, competing].argmax(1)]
-    assert f"{name}: left out 2 of 6 classes, 8 of 24 pictures" in printed
+    assert f"{name}: left out 2 of 6 classes, 8 of 24 images" in printed
     assert rows["images"] == "16" and known.sum() == 16
     assert rows["top-1"] == percent(best == target)
     assert rows.get("classes") == (
@@ -479,7 +479,7 @@ def test_real_labels_of_some_classes(ten, pool, evaluate, tmp_path):
     """An answer that the model cannot give is none."""
     model, classes, flags = ten
     own = logits_of(model, pool, SHORT).argmax(1).tolist()
-    labels = [WNIDS.index(classes[k % 10]) for k in range(NUM_PICTURES)]
+    labels = [WNIDS.index(classes[k % 10]) for k in range(NUM_IMAGES)]
     kinds = [lambda best: [1, best], lambda best: [1], lambda best: []]
     answers = [kinds[k % 3](WNIDS.index(classes[best])) for k, best in enumerate(own)]
     real_set(tmp_path, pool, labels, answers)
@@ -510,7 +510,7 @@ def folder_of(root: Path, *parts: str) -> Path:
     return path
 
 
-def one_picture(root: Path, *parts: str) -> Path:
+def one_image(root: Path, *parts: str) -> Path:
     path = folder_of(root, *parts) / "ILSVRC2012_val_00000001.JPEG"
     Image.new("RGB", (50, 50)).save(path)
     return path
@@ -518,12 +518,12 @@ def one_picture(root: Path, *parts: str) -> Path:
 
 def real_json(content: str):
     def make(root: Path) -> None:
-        one_picture(root, "val", WNIDS[0])
+        one_image(root, "val", WNIDS[0])
         (root / "real.json").write_text(content)
     return make
 
 
-def real_picture(name: str):
+def real_image(name: str):
     def make(root: Path) -> None:
         real_json(json.dumps([[0]] * 50_000))(root)
         path = root / "val" / WNIDS[0] / "ILSVRC2012_val_00000001.JPEG"
@@ -534,13 +534,13 @@ def real_picture(name: str):
 def fog(*but: int):
     def make(root: Path) -> None:
         for severity in {1, 2, 3, 4, 5} - {*but}:
-            one_picture(root, "weather", "fog", str(severity), WNIDS[0])
+            one_image(root, "weather", "fog", str(severity), WNIDS[0])
     return make
 
 
 def other_fog(root: Path) -> None:
     fog()(root)
-    one_picture(root, "weather", "fog", "4", WNIDS[1])
+    one_image(root, "weather", "fog", "4", WNIDS[1])
 
 
 REFUSED = {
@@ -549,16 +549,16 @@ REFUSED = {
                   ("imagenet_sketch", "set, which is no folder", "<wnid>/*.JPEG")),
     "nothing in it": ("imagenet_r", lambda root: (root / "README.txt").touch(),
                       ("set has no class folders", "n01440764", "--data-path")),
-    "the folder above": ("imagenet_a", lambda root: one_picture(root, "imagenet-a", WNIDS[0]),
+    "the folder above": ("imagenet_a", lambda root: one_image(root, "imagenet-a", WNIDS[0]),
                          ("the folder(s) imagenet-a;", "n01440764", "folder that holds those")),
-    "an index": ("imagenet_a", lambda root: one_picture(root, "12"), ("the folder(s) 12;",)),
-    "no index": ("imagenet_v2", lambda root: one_picture(root, "1000"),
+    "an index": ("imagenet_a", lambda root: one_image(root, "12"), ("the folder(s) 12;",)),
+    "no index": ("imagenet_v2", lambda root: one_image(root, "1000"),
                  ("the folder(s) 1000;", "0 ... 999")),
-    "an empty class": ("imagenet_v2", lambda root: (one_picture(root, "7"), folder_of(root, "8")),
-                       ("1 class folder(s) hold no pictures", "set/8", "Fill or remove")),
+    "an empty class": ("imagenet_v2", lambda root: (one_image(root, "7"), folder_of(root, "8")),
+                       ("1 class folder(s) hold no images", "set/8", "Fill or remove")),
     "no validation set": ("imagenet_real", lambda root: (root / "real.json").write_text(
         json.dumps([[0]] * 50_000)), ("set/val is not a folder", "n01440764")),
-    "no real.json": ("imagenet_real", lambda root: one_picture(root, "val", WNIDS[0]),
+    "no real.json": ("imagenet_real", lambda root: one_image(root, "val", WNIDS[0]),
                      ("set/real.json cannot be read", "No such file", "labels=FILE")),
     "no JSON": ("imagenet_real", real_json("[[1], [2"), ("real.json is not readable JSON",)),
     "not lists": ("imagenet_real", real_json("[1, 2]"),
@@ -567,9 +567,9 @@ REFUSED = {
     "no class": ("imagenet_real", real_json("[[1000]]"), ("real.json", "list of lists")),
     "no number": ("imagenet_real", real_json("[[3.0]]"), ("real.json", "list of lists")),
     "too short": ("imagenet_real", real_json("[[1], []]"), ("has 2 entries", "expected 50,000")),
-    "other names": ("imagenet_real", real_picture("dog.jpg"),
+    "other names": ("imagenet_real", real_image("dog.jpg"),
                     ("dog.jpg is not called ILSVRC2012_val_00000001.JPEG", "Keep the names")),
-    "names beyond": ("imagenet_real", real_picture("ILSVRC2012_val_00050001.JPEG"),
+    "names beyond": ("imagenet_real", real_image("ILSVRC2012_val_00050001.JPEG"),
                      ("00050001.JPEG is not called", "ILSVRC2012_val_00050000.JPEG")),
     "corruptions": ("imagenet_c", fog(),
                     ("set lacks gaussian_noise, shot_noise, impulse_noise", "frost, brightness",
@@ -607,7 +607,7 @@ def test_refused(case, weights, capsys, monkeypatch, tmp_path):
 
 
 def test_a_model_of_other_classes_is_refused(ten, pool, capsys, monkeypatch, tmp_path):
-    one_picture(tmp_path, "set", WNIDS[4])
+    one_image(tmp_path, "set", WNIDS[4])
     words = ["--data-set", "imagenet_v2", "--data-path", str(tmp_path / "set")]
     refused(capsys, monkeypatch, [*ten[2], *words],
             ("knows none of the 1 classes", ", ... (10)", WNIDS[4], "named by wnid"))
@@ -629,10 +629,10 @@ def test_a_checkpoint_without_names_is_imagenets(model, pool, logits, evaluate, 
 
 @pytest.mark.parametrize("name", [name for name in data.list_datasets() if "imagenet" in name])
 def test_nothing_is_trained_on_them(name, capsys, tmp_path):
-    one_picture(tmp_path, WNIDS[0])
+    one_image(tmp_path, WNIDS[0])
     assert train_kd.main(["--teacher", "none", "--data-set", name, "--data-path", str(tmp_path),
                           "--output-dir", str(tmp_path / "runs")]) == 2
-    assert f"--data-set {name} has no pictures to train on" in capsys.readouterr().err
+    assert f"--data-set {name} has no images to train on" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
 

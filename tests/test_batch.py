@@ -21,14 +21,14 @@ from models.base import IMAGENET_MEAN, IMAGENET_STD
 from tests.helpers import make_options
 from utils.registry import UserError
 
-PREPARE = BatchTransform(IMAGENET_MEAN, IMAGENET_STD)
+TRANSFORM = BatchTransform(IMAGENET_MEAN, IMAGENET_STD)
 
 
 def every_level() -> torch.Tensor:
     return torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).repeat(1, 3, 1, 1)
 
 
-def pictures(pixels: torch.Tensor, *erased: tuple) -> ImageBatch:
+def image_batch(pixels: torch.Tensor, *erased: tuple) -> ImageBatch:
     num_pixels = sum(height * width for _, _, _, height, width, _ in erased)
     return ImageBatch(pixels, torch.tensor(erased, dtype=torch.int64).view(-1, 6), num_pixels)
 
@@ -39,7 +39,7 @@ def pictures(pixels: torch.Tensor, *erased: tuple) -> ImageBatch:
 def test_every_level_equals_to_tensor_and_normalize():
     image = every_level()[0].permute(1, 2, 0).numpy()
     former = T.Compose([T.ToTensor(), T.Normalize(IMAGENET_MEAN, IMAGENET_STD)])(image)
-    now = PREPARE(pictures(every_level()))
+    now = TRANSFORM(image_batch(every_level()))
     assert now.dtype == torch.float32
     torch.testing.assert_close(now[0], former, rtol=0, atol=1e-6)
     exact = (every_level()[0].double() / 255 - torch.tensor(IMAGENET_MEAN).view(3, 1, 1).double()
@@ -54,25 +54,27 @@ def test_bad_statistics_get_a_sentence(mean, std):
         BatchTransform(mean, std)
 
 
-def test_the_engine_prepares_once_and_leaves_ready_images_alone():
-    options = make_options(prepare=PREPARE)
+def test_the_engine_transforms_once_and_leaves_ready_images_alone():
+    options = make_options(batch_transform=TRANSFORM)
     labels = torch.zeros(1, dtype=torch.long)
-    images, _ = options.to_device(pictures(every_level()), labels)
-    assert torch.equal(images, PREPARE(pictures(every_level())))
+    images, _ = options.to_device(image_batch(every_level()), labels)
+    assert torch.equal(images, TRANSFORM(image_batch(every_level())))
     assert images.is_contiguous(memory_format=torch.channels_last)
     ready = torch.randn(1, 3, 8, 8)
     assert torch.equal(make_options().to_device(ready, labels)[0], ready)
-    assert engine.StepOptions._field_defaults == {"prepare": None}
+    assert engine.StepOptions._field_defaults == {"batch_transform": None}
 
 
 def test_a_batch_of_the_loader_is_channels_last_and_keeps_its_order():
     source = data.create_dataset("outlines", "val", None, val_size=6, image_size=40)
     transform = data.eval_transform(40, crop_pct=1.0)
-    (batch, labels, indices), = data.eval_loader(source, transform, batch_size=6, num_workers=0)
-    assert len(batch) == 6 and batch.pixels.dtype == torch.uint8 and batch.num_erased == 0
-    assert batch.pixels.is_contiguous(memory_format=torch.channels_last)
-    assert batch.erased.shape == (0, 6) and labels.tolist() == indices.tolist()
-    for image, index in zip(batch.pixels, indices.tolist()):
+    batch, = data.eval_loader(source, transform, batch_size=6, num_workers=0)
+    images, labels, indices, readable = batch
+    assert len(images) == 6 and images.pixels.dtype == torch.uint8 and images.num_erased == 0
+    assert images.pixels.is_contiguous(memory_format=torch.channels_last)
+    assert images.erased.shape == (0, 6) and labels.tolist() == indices.tolist()
+    assert readable.dtype == torch.bool and readable.all()
+    for image, index in zip(images.pixels, indices.tolist()):
         assert np.array_equal(image.permute(1, 2, 0), np.asarray(source.load(index)[0]))
 
 
@@ -80,12 +82,12 @@ def test_a_batch_of_the_loader_is_channels_last_and_keeps_its_order():
 
 
 def draws(number: int, prob: float, size: int = 224) -> list:
-    image = torch.zeros(3, size, size)
+    pixels = torch.zeros(3, size, size)
     torch.manual_seed(0)
-    return [draw_erasure(image, prob) for _ in range(number)]
+    return [draw_erasure(pixels, prob) for _ in range(number)]
 
 
-def test_the_share_of_erased_pictures():
+def test_the_share_of_erased_images():
     drawn = draws(4000, 0.25)
     assert 0.22 < sum(erasure is not None for erasure in drawn) / 4000 < 0.28
     assert not any(draws(50, 0.0)) and all(draws(50, 1.0))
@@ -129,7 +131,7 @@ def largest_gap(left: np.ndarray, right: np.ndarray) -> float:
     return np.abs(shares[0] - shares[1]).max()
 
 
-def test_a_picture_too_flat_for_any_rectangle_stays():
+def test_an_image_too_flat_for_any_rectangle_stays():
     assert draw_erasure(torch.zeros(3, 1, 1000), 1.0) is None
 
 
@@ -139,19 +141,19 @@ def test_a_picture_too_flat_for_any_rectangle_stays():
 def test_only_the_rectangles_change_and_each_as_if_alone():
     pixels = torch.randint(0, 256, (5, 3, 20, 30), dtype=torch.uint8)
     erased = [(1, 2, 3, 4, 5, 77), (3, 0, 0, 19, 29, 2 ** 62 + 5), (4, 19, 29, 1, 1, 0)]
-    plain = PREPARE(pictures(pixels))
-    together = PREPARE(pictures(pixels, *erased))
+    plain = TRANSFORM(image_batch(pixels))
+    together = TRANSFORM(image_batch(pixels, *erased))
     for place in (0, 2):
         assert torch.equal(together[place], plain[place])
     for place, *rectangle in erased:
-        alone = PREPARE(pictures(pixels[place:place + 1], (0, *rectangle)))[0]
+        alone = TRANSFORM(image_batch(pixels[place:place + 1], (0, *rectangle)))[0]
         assert torch.equal(alone, together[place])
         top, left, height, width, _ = rectangle
         changed = (together[place] != plain[place]).all(0)
         expected = torch.zeros(20, 30, dtype=torch.bool)
         expected[top:top + height, left:left + width] = True
         assert torch.equal(changed, expected)
-    other_key = PREPARE(pictures(pixels, (1, 2, 3, 4, 5, 78)))[1]
+    other_key = TRANSFORM(image_batch(pixels, (1, 2, 3, 4, 5, 78)))[1]
     assert not torch.isclose(other_key, together[1])[:, 2:6, 3:8].any()
 
 
@@ -189,28 +191,29 @@ def test_the_noise_is_standard_normal_and_independent():
 # From the loader on
 
 
-def prepared(batch_size: int, keys: list[tuple[int, int]], **options) -> torch.Tensor:
+def transformed(batch_size: int, keys: list[tuple[int, int]], **options) -> torch.Tensor:
     source = data.create_dataset("outlines", "train", None, train_size=24, image_size=40)
     transform = data.train_transform(40, **{"random_erasing_prob": 0.7, **options})
     samples = loading.Samples(source, transform, seed=0)
-    return torch.cat([PREPARE(collate([samples[key] for key in keys[first:first + batch_size]])[0])
-                      for first in range(0, len(keys), batch_size)])
+    batches = [collate([samples[key] for key in keys[first:first + batch_size]])
+               for first in range(0, len(keys), batch_size)]
+    return torch.cat([TRANSFORM(batch.images) for batch in batches])
 
 
 def test_erasing_depends_on_the_sample_alone():
     keys = [(epoch, index) for epoch in (0, 1) for index in range(6)]
-    whole = prepared(12, keys)
-    assert torch.equal(prepared(4, keys), whole)
-    assert torch.equal(prepared(5, keys[::-1]), whole.flip(0))
-    unerased = prepared(12, keys, random_erasing_prob=0)
+    whole = transformed(12, keys)
+    assert torch.equal(transformed(4, keys), whole)
+    assert torch.equal(transformed(5, keys[::-1]), whole.flip(0))
+    unerased = transformed(12, keys, random_erasing_prob=0)
     num_erased = (whole != unerased).flatten(1).any(1).sum().item()
     assert 4 <= num_erased <= 12
     unchanged = (whole == unerased).all(1)
-    assert unchanged.flatten(1).any(1).all()  # and the rest of each picture is as without
+    assert unchanged.flatten(1).any(1).all()  # and the rest of each image is as without
 
 
 def test_a_pinned_batch_keeps_everything():
-    batch = pictures(every_level(), (0, 1, 2, 3, 4, 5))
+    batch = image_batch(every_level(), (0, 1, 2, 3, 4, 5))
     for copy in (batch.to(torch.device("cpu"), non_blocking=True),
                  batch.pin_memory() if torch.cuda.is_available() else batch.to("cpu")):
         assert torch.equal(copy.pixels, batch.pixels) and torch.equal(copy.erased, batch.erased)
