@@ -15,12 +15,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 import data
 import engine
 import losses
 import models
+from data.datasets import DATASETS
+from losses.base import LOSSES
+from models.base import MODELS
 from models.distiller import Distiller, FrozenTeacher
 from models.large_kernel.operator import ACCEPTED, describe_choice, set_backend
 from models.sparsity import GROWTHS, INITS, LAYERS, SparseMask
@@ -28,11 +30,11 @@ from models.weights import load_named
 from utils import checkpoint, distributed, optim
 from utils.config import Parser, at_least, below_one, between, plain, program
 from utils.log import RunLog, peak_memory_gib, print_once, summary_writer_class
-from utils.registry import UserError
+from utils.registry import UserError, parse_spec
 from utils.rng import fold_seed
-from utils.run_name import run_name
 
 GIB_PER_FLOAT = 4 / 2 ** 30
+COMPILE_FROM = 300  # updates of a run, from which on the teacher is compiled on a GPU
 switch = argparse.BooleanOptionalAction  # --flag and --no-flag
 
 
@@ -80,8 +82,7 @@ def add_optimisation_flags(parser: Parser) -> None:
     flag("--epochs", type=at_least(1), default=300, help="epochs")
     flag("--batch-size", type=at_least(1), default=64, help="images per process and micro-batch")
     flag("--effective-batch", type=at_least(1), default=4096, help="images per update, in total")
-    flag("--accum-steps", "--update-freq", type=at_least(1),
-         help="micro-batches per update; by default what --effective-batch needs")
+    flag("--accum-steps", "--update-freq", type=at_least(1), help="micro-batches per update")
     flag("--lr", type=at_least(0.0), default=4e-3, help="peak rate, not scaled with the batch")
     flag("--min-lr", type=at_least(0.0), default=1e-6, help="where the cosine ends")
     flag("--warmup-epochs", type=at_least(0.0), default=20, help="linear warm-up from 0, in epochs")
@@ -99,8 +100,7 @@ def add_optimisation_flags(parser: Parser) -> None:
 
     flag = parser.add_argument_group("sparse training of the student").add_argument
     flag("--sparsity", type=float, default=0.0, help="share of the weights to mask, 0 = off")
-    flag("--sparse-init", choices=INITS, default="snip",
-         help="density of each layer, or the masks; erk where SNIP finds no gradient at the start")
+    flag("--sparse-init", choices=INITS, default="snip", help="density of each layer, or the masks")
     flag("--sparse-layers", choices=LAYERS, default="all", help="which weights may be masked")
     flag("--prune-rate", type=float, default=0.3, help="share of the live weights that moves first")
     flag("--prune-every", type=at_least(0), default=100, help="updates between moves, 0 = never")
@@ -109,7 +109,7 @@ def add_optimisation_flags(parser: Parser) -> None:
 
 def add_running_flags(parser: Parser) -> None:
     flag = parser.add_argument_group("running, saving, resuming").add_argument
-    flag("--output-dir", type=Path, default=Path("runs"), help="parent of the run's own folder")
+    flag("--output-dir", type=Path, help="the run's folder (default: runs/ and a derived name)")
     flag("--resume", type=Path, metavar="FILE", help="continue this checkpoint")
     flag("--auto-resume", action=switch, default=True, help="continue the folder's last checkpoint")
     flag("--save-freq", type=at_least(0), default=10, help="epochs between numbered, 0 = none")
@@ -118,18 +118,19 @@ def add_running_flags(parser: Parser) -> None:
     flag("--print-every", type=at_least(1), default=50, help="updates between looks at the loss")
     flag("--dry-run", action=switch, default=False, help="build and print everything, then stop")
     flag("--tensorboard", action=switch, default=False, help="write events beside log.txt")
-    flag("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to train")
-    flag("--amp", choices=["auto", *engine.AMP_DTYPES], default="auto",
-         help="mixed precision; auto: bf16 on a GPU that has it, else none")
+    flag("--device", choices=distributed.DEVICES, default="auto", help="where to train")
+    flag("--amp", choices=["auto", *engine.AMP_DTYPES], default="auto", help="auto: bf16 on a GPU")
     flag("--channels-last", action=switch, default=True, help="memory layout of feature maps")
-    flag("--compile", action=switch, default=False, help="torch.compile of student and teacher")
+    flag("--compile", action=switch, help="torch.compile of student and teacher; default: of the "
+         "teacher alone on a GPU, in a run of 300 updates or more")
     flag("--large-kernel", choices=ACCEPTED, default="auto", help="backend; docs/performance.md")
 
 
 @program("train_kd.py", build_parser)
 def main(args: argparse.Namespace) -> int:
     """0 when the run is complete, 143 when it was asked to stop, 2 for an error of the user's."""
-    # Device and processes. Under torchrun every process runs this function on its own share.
+    # Device and processes; under torchrun each runs this function. Names are checked before all.
+    check_names(args)
     device = distributed.setup(args.device)
 
     # Data. The number of classes comes from it.
@@ -148,9 +149,7 @@ def main(args: argparse.Namespace) -> int:
     # 3. without either, --student-weights;
     # 4. without that, random weights.
     # --teacher-weights has no part in it.
-    folder = args.output_dir / run_name(args.teacher, args.student, args.loss, args.epochs,
-                                        args.seed, args.sparsity)
-    settings = plain(args)
+    folder, settings = args.output_dir, plain(args)
     saved = checkpoint.find_saved(folder, args.resume, args.auto_resume, settings, args.defaults)
 
     # Student. Each part has a seed of its own, so that none depends on what was built before it.
@@ -207,7 +206,7 @@ def main(args: argparse.Namespace) -> int:
     if args.dry_run or state.epoch >= args.epochs:
         return 0
     checkpoint.write_run_files(folder, settings)
-    log = RunLog(folder, args.tensorboard)
+    log = RunLog(folder, args.epochs, args.tensorboard)
 
     def save(names: list[str]) -> None:
         content = {**state.state_dict(), "args": settings, "git": args.git}
@@ -239,14 +238,26 @@ def main(args: argparse.Namespace) -> int:
             best = state.finish_epoch({suffix: result.acc1 for suffix, result in results.items()})
             log.write(epoch_record(args, state, means, results, best, teacher_acc1=teacher_acc1,
                                    lr=schedule(state.step - 1)["lr"],
-                                   loaders=(train_loader, val_loader)))
+                                   loaders=(train_loader, val_loader)), state.best)
             save(checkpoint.checkpoint_names(state.epoch - 1, state.epoch == args.epochs,
                                              args.save_freq, best))
     if state.epoch < args.epochs:
         print_once(f"stopped on request at update {state.step:,}; the same command continues it.")
         return 143
-    print_once(f"done: best top-1 {state.best['best_acc1']:.2f} %; everything is in {folder}")
+    print_once(f"done: top-1 {results[''].acc1:.2f} %, best {state.best['best_acc1']:.2f} %; "
+               f"everything is in {folder}")
     return 0
+
+
+def check_names(args: argparse.Namespace) -> None:
+    """Raises UnknownName for a network, loss or data set that is not registered."""
+    for registry, flag, specs in ((MODELS, "--teacher", [args.teacher]),
+                                  (MODELS, "--student", [args.student]),
+                                  (LOSSES, "--loss", args.loss or []),
+                                  (DATASETS, "--data-set", [args.data_set])):
+        for spec in specs:
+            if spec != ["none"] or flag != "--teacher":
+                registry.builder(parse_spec(spec, flag)[0])
 
 
 def resolve(args: argparse.Namespace, device: torch.device, *, train_size: int,
@@ -266,6 +277,9 @@ def resolve(args: argparse.Namespace, device: torch.device, *, train_size: int,
                         "published one is 0.4.")
     if args.loss is None:
         args.loss = [["ce"]] if args.teacher[0] == "none" else [["nkd"]]
+    if args.output_dir is None:
+        args.output_dir = Path("runs") / checkpoint.run_name(
+            args.teacher, args.student, args.loss, args.epochs, args.seed, args.sparsity)
     if args.amp == "auto":
         has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         args.amp = "bf16" if has_bf16 else "none"
@@ -283,6 +297,10 @@ def resolve(args: argparse.Namespace, device: torch.device, *, train_size: int,
                         "--batch-size).")
     if args.warmup_steps is None:
         args.warmup_steps = int(args.warmup_epochs * args.steps_per_epoch)
+    args.compile_teacher = args.compile
+    if args.compile is None:  # it takes a minute, which a frozen teacher soon pays back
+        is_long = args.epochs * args.steps_per_epoch >= COMPILE_FROM
+        args.compile, args.compile_teacher = False, is_long and device.type == "cuda"
     return args
 
 
@@ -320,22 +338,14 @@ def check_step(distiller: Distiller, teacher: FrozenTeacher | None, mix: data.Mi
 def wrap(args: argparse.Namespace, distiller: Distiller, teacher: FrozenTeacher | None,
          device: torch.device) -> tuple[nn.Module, optim.ModelEma | None]:
     """The distiller as the step calls it, and the average of the student if there is one."""
-    is_distributed = distributed.world_size() > 1
-    if is_distributed and device.type == "cuda":
-        # It needs CUDA; on the CPU each process keeps the statistics of its own batch.
-        nn.SyncBatchNorm.convert_sync_batchnorm(distiller)  # in place; the parameters stay
     ema = None
     if args.model_ema:
         ema = optim.ModelEma(distiller.student, args.model_ema_decay, args.model_ema_warmup)
     if args.compile:
         distiller.compile()  # in place: names in the state dict stay as they are
-        if teacher is not None:
-            teacher.compile()
-    if not is_distributed:
-        return distiller, ema
-    device_ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(distiller, device_ids=device_ids,
-                                   gradient_as_bucket_view=True), ema
+    if args.compile_teacher and teacher is not None:
+        teacher.compile()
+    return distributed.parallelize(distiller, device), ema
 
 
 def evaluate_teacher(teacher: FrozenTeacher | None, loader: data.Loader,
@@ -356,8 +366,7 @@ def epoch_record(args: argparse.Namespace, state: engine.TrainState, means: dict
                  results: dict[str, engine.Evaluation], best: list[str], *,
                  teacher_acc1: float | None, lr: float,
                  loaders: tuple[data.Loader, data.Loader]) -> dict[str, Any]:
-    """The line of log.txt of the epoch that just ended, under ConvNeXt's key names; printed, too,
-    as far as a person reads it."""
+    """The line of log.txt of the epoch that just ended, under ConvNeXt's key names."""
     speed = means.pop("images_per_second")
     record = {"epoch": state.epoch - 1,
               **{f"train_{name}": value for name, value in means.items()}, **state.metrics()}
@@ -372,14 +381,8 @@ def epoch_record(args: argparse.Namespace, state: engine.TrainState, means: dict
     if args.skip_bad_images:
         bad = torch.tensor([float(len(loader.bad)) for loader in loaders])
         record["skipped_train"], record["skipped_test"] = distributed.sum_over_ranks(bad).tolist()
-    record |= {"peak_memory_gib": peak_memory_gib(next(state.distiller.parameters()).device),
-               "train_lr": lr, "teacher_acc1": teacher_acc1}
-    shown = ", ".join(f"{key.removeprefix('test_')} {record[key]:.2f}" for key in record
-                      if key.startswith(("test_acc1", "agreement")))
-    per_second = f", {speed:.0f} images/s" if speed else ""
-    print_once(f"epoch {record['epoch']}: train loss {record['train_loss']:.3f}, {shown}"
-               f"{per_second}")
-    return record
+    return record | {"peak_memory_gib": peak_memory_gib(next(state.distiller.parameters()).device),
+                     "train_lr": lr, "teacher_acc1": teacher_acc1}
 
 
 def print_run(args: argparse.Namespace, state: engine.TrainState, teacher: FrozenTeacher | None,
@@ -387,11 +390,14 @@ def print_run(args: argparse.Namespace, state: engine.TrainState, teacher: Froze
     """What will run: networks, loss, and the arithmetic of batch, rate and steps."""
     student, weights = state.distiller.student, state.distiller.weights
     dtype = engine.AMP_DTYPES[args.amp] or torch.float32
-    if teacher is not None:
-        print_once(f"teacher: {describe_network(args.teacher, args.teacher_weights, teacher, args)}"
-                   f"{describe_choice(teacher, device, dtype)}")
-    print_once(f"student: {describe_network(args.student, args.student_weights, student, args)}"
-               f"{describe_choice(student, device, dtype)}")
+    for role, spec, source, model in (("teacher", args.teacher, args.teacher_weights, teacher),
+                                      ("student", args.student, args.student_weights, student)):
+        if model is not None:
+            size = model.input_size if model.fixed_size else args.input_size
+            stages = " | ".join(f"{info.channels}x{math.ceil(size / info.stride)}^2"
+                                for info in model.feature_info)
+            print_once(f"{role}: {' '.join(spec)}, weights {source}, {model.num_parameters:,} "
+                       f"parameters, stages {stages}{describe_choice(model, device, dtype)}")
     if args.dry_run:
         print_once(describe_cost(student, teacher, args.input_size, keeps_average=args.model_ema))
     terms = [f"{weights[spec[0]]:g} x " + " ".join(word for word in spec
@@ -403,8 +409,9 @@ def print_run(args: argparse.Namespace, state: engine.TrainState, teacher: Froze
     print_once(f"{args.train_size:,} images // {args.effective_batch} = {args.steps_per_epoch} "
                f"updates per epoch, {args.epochs * args.steps_per_epoch:,} in {args.epochs} epochs;"
                f" {num_val:,} images to evaluate on")
+    compiled = "all" if args.compile else "teacher" if args.compile_teacher else "nothing"
     print_once(f"learning rate 0 -> {args.lr:g} in {args.warmup_steps:,} updates, then cosine to "
-               f"{args.min_lr:g}; {device}, precision {args.amp}")
+               f"{args.min_lr:g}; {device}, precision {args.amp}, compiled: {compiled}")
     if state.sparsity is not None:
         print_once(f"sparsity: {state.sparsity.describe()}")
     continued = f", continued at epoch {state.epoch}, update {state.step:,}" if state.step else ""
@@ -414,15 +421,6 @@ def print_run(args: argparse.Namespace, state: engine.TrainState, teacher: Froze
     elif state.epoch >= args.epochs:
         print_once(f"nothing to do: all {args.epochs} epochs are done. Set another --output-dir to "
                    "train again.")
-
-
-def describe_network(spec: list[str], weights: str, model: models.VisionModel | FrozenTeacher,
-                     args: argparse.Namespace) -> str:
-    size = model.input_size if model.fixed_size else args.input_size
-    stages = " | ".join(f"{info.channels}x{math.ceil(size / info.stride)}^2"
-                        for info in model.feature_info)
-    return (f"{' '.join(spec)}, weights {weights}, {model.num_parameters:,} parameters, "
-            f"stages {stages}")
 
 
 def describe_cost(student: models.VisionModel, teacher: FrozenTeacher | None, input_size: int,

@@ -102,7 +102,8 @@ def finished_run(tmp_path_factory) -> Path:
     """A folder with runs/<one run of one epoch>."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("finished")
-    assert train_kd.main([*BASE, *ALONE, "--epochs", "1", "--output-dir", str(folder / "r")]) == 0
+    words = [*ALONE, "--epochs", "1", "--output-dir", str(folder / "r" / "run")]
+    assert train_kd.main([*BASE, *words]) == 0
     return folder / "r"
 
 
@@ -114,7 +115,7 @@ def old_run(finished_run, tmp_path) -> Path:
     return run
 
 
-OLD = [*ALONE, "--epochs", "1", "--output-dir", "runs"]  # what made it
+OLD = [*ALONE, "--epochs", "1", "--output-dir", "runs/run"]  # what made it
 
 
 # Words
@@ -411,7 +412,7 @@ def test_skipped_images_are_named_once_and_not_counted(workers, runner):
         spoil(root / "train" / name, how)
         spoil(root / "val" / name, how)
     words = ["--skip-bad-images", "--num-workers", str(workers)]
-    assert runner.train(*FOLDER, *words, "--output-dir", "runs") == 0
+    assert runner.train(*FOLDER, *words, "--output-dir", "runs/run") == 0
     printed = runner.capsys.readouterr().err
     for split in ("train", "val"):
         for name in SPOILT.values():
@@ -547,13 +548,13 @@ def test_a_checkpoint_with_other_keys(change, old_run, runner):
 
 def test_a_file_in_place_of_the_output_folder(runner):
     (runner.folder / "runs").write_text("notes")
-    runner.refused(*ALONE, "--output-dir", "runs", telling=("runs", "cannot write"))
+    runner.refused(*ALONE, "--output-dir", "runs/run", telling=("runs", "cannot write"))
 
 
 def test_a_file_in_place_of_the_run_folder(runner):
     (runner.folder / "runs").mkdir()
-    (runner.folder / "runs" / "none-resnet_nano-ce-2ep").write_text("notes")
-    runner.refused(*ALONE, "--output-dir", "runs", telling=("ce-2ep", "cannot write"))
+    (runner.folder / "runs" / "run").write_text("notes")
+    runner.refused(*ALONE, "--output-dir", "runs/run", telling=("runs/run", "cannot write"))
 
 
 class FullDisk(io.FileIO):
@@ -624,11 +625,11 @@ def assert_first_epoch_is_kept(folder: Path, step: int = 4) -> None:
 def test_no_space_left(act, runner):
     with pytest.MonkeyPatch.context() as patch:
         after_first_epoch(patch, act)
-        runner.fails(*ALONE, "--output-dir", "runs", telling=(
-            "runs/none-resnet_nano-ce-2ep", "No space left" if act is not full_on_write else ""))
+        runner.fails(*ALONE, "--output-dir", "runs/run", telling=(
+            "runs/run", "No space left" if act is not full_on_write else ""))
     # The log comes last: the second epoch is saved by then, its evaluation is to be repeated.
     assert_first_epoch_is_kept(runner.folder, step=8 if act is full_for_the_log else 4)
-    assert runner.train(*ALONE, "--output-dir", "runs") == 0  # what the message says
+    assert runner.train(*ALONE, "--output-dir", "runs/run") == 0  # what the message says
 
 
 # Losses that are not finite
@@ -645,8 +646,8 @@ def test_nan_loss_names_everything_and_keeps_the_last_good_checkpoint(runner, mo
         patch.setattr(NormalizedKnowledgeDistillation, "forward", second_is_nan)
 
     after_first_epoch(monkeypatch, broken)
-    runner.fails(*TAUGHT, "--loss", "nkd", "--loss", "fd", "--output-dir", "runs", "--save-freq",
-                 "1", "--print-every", "4", "--warmup-epochs", "1", telling=(
+    runner.fails(*TAUGHT, "--loss", "nkd", "--loss", "fd", "--output-dir", "runs/run",
+                 "--save-freq", "1", "--print-every", "4", "--warmup-epochs", "1", telling=(
         "'nkd'", "update 5", "nkd ", "fd ", "loss ", "lr 1.5e-04", "gradient scale 1",
         "Lower --lr", "checkpoint"))
     assert_first_epoch_is_kept(runner.folder)
@@ -654,7 +655,7 @@ def test_nan_loss_names_everything_and_keeps_the_last_good_checkpoint(runner, mo
 
 @pytest.mark.parametrize("every", ["1", "50"])
 def test_a_rate_that_is_far_too_high(every, runner):
-    runner.fails(*ALONE, "--lr", "1e30", "--output-dir", "runs", "--print-every", every,
+    runner.fails(*ALONE, "--lr", "1e30", "--output-dir", "runs/run", "--print-every", every,
                  "--save-every-steps", "1", telling=(
                      "NaN or infinite", "lr 9.6e+29", "Lower --lr"))
     for path in (runner.folder / "runs").rglob("*.pth"):
@@ -672,7 +673,7 @@ def test_nan_gradient_of_an_epochs_last_update_is_never_saved(words, runner, mon
         update(state, *args)
 
     monkeypatch.setattr(engine, "optimizer_update", spoil_gradient)
-    runner.fails(*ALONE, "--output-dir", "runs", *words, telling=("NaN", "update 7", "lr "))
+    runner.fails(*ALONE, "--output-dir", "runs/run", *words, telling=("NaN", "update 7", "lr "))
     (run,) = (runner.folder / "runs").iterdir()
     for path in run.glob("*.pth"):
         saved = load_file(path)

@@ -31,7 +31,7 @@ def run(folder, words: str) -> tuple[dict, dict]:
     """The last checkpoint and the last line of the log."""
     flags = words.split()
     kept = without(BASE, {word for word in flags if word.startswith("--")})
-    assert train_kd.main([*kept, *flags, "--output-dir", str(folder)]) == 0
+    assert train_kd.main([*kept, *flags, "--output-dir", str(folder / "run")]) == 0
     (run_folder,) = folder.iterdir()
     log = (run_folder / "log.txt").read_text().splitlines()
     return load_file(run_folder / "checkpoint-last.pth"), json.loads(log[-1])
@@ -85,7 +85,7 @@ def test_sparsity_flags_matter(sparse_base, tmp_path, words):
 
 def test_warmup_in_epochs_sets_the_steps(tmp_path):
     words = " ".join(BASE).replace("--warmup-steps 1", "--warmup-epochs 0.5").split()
-    assert train_kd.main([*words, "--output-dir", str(tmp_path)]) == 0
+    assert train_kd.main([*words, "--output-dir", str(tmp_path / "run")]) == 0
     (folder,) = tmp_path.iterdir()
     assert load_file(folder / "checkpoint-last.pth")["args"]["warmup_steps"] == 2
 
@@ -147,5 +147,5 @@ def test_the_large_kernel_flag_changes_the_code_not_the_result(tmp_path, capsys)
 @pytest.mark.parametrize("words, telling", [
     ("--large-kernel triton --student slak_pico", "cannot run on cpu")])
 def test_flags_of_a_gpu_are_refused_without_one(tmp_path, words, telling, capsys):
-    assert train_kd.main([*BASE, *words.split(), "--output-dir", str(tmp_path)]) == 2
+    assert train_kd.main([*BASE, *words.split(), "--output-dir", str(tmp_path / "run")]) == 2
     assert telling in capsys.readouterr().err and not list(tmp_path.iterdir())

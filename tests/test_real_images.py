@@ -41,7 +41,7 @@ def test_slak_t_teaches_resnet50_at_full_size(few_images, tmp_path):
              "--loss", "nkd", "--loss", "fd", "weight=0.1", "whiten=true", "--data-path",
              str(few_images), "--batch-size", "2", "--effective-batch", "2", "--epochs", "1",
              "--warmup-steps", "1", "--num-workers", "0", "--save-freq", "0", "--output-dir",
-             str(tmp_path)]
+             str(tmp_path / "run")]
     assert train_kd.main(words) == 0
     (folder,) = tmp_path.iterdir()
     record = json.loads((folder / "log.txt").read_text())

@@ -516,7 +516,8 @@ NAME = "none-slak_pico_dims16.32_sparsity0.4-ce-2ep"
 def sparse_run(tmp_path_factory):
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("sparse")
-    assert train_kd.main([*SMALL, *SPARSE, "--model-ema", "--output-dir", str(folder)]) == 0
+    words = [*SPARSE, "--model-ema", "--output-dir", str(folder / "run")]
+    assert train_kd.main([*SMALL, *words]) == 0
     return folder / NAME
 
 
@@ -538,7 +539,7 @@ def test_a_sparse_run_ends_sparse_and_says_so(sparse_run):
 
 def refused(capsys, folder, *words: str) -> str:
     capsys.readouterr()
-    assert train_kd.main([*SMALL, *words, "--output-dir", str(folder)]) == 2
+    assert train_kd.main([*SMALL, *words, "--output-dir", str(folder / "run")]) == 2
     return capsys.readouterr().err
 
 
@@ -569,7 +570,7 @@ def test_zeros_of_a_file_are_kept_with_weights_and_not_masked_anew(sparse_run, t
                       "--student-weights", file)
     assert "40.0% of its weights" in message and "pass --sparsity 0.400" in message
     assert train_kd.main([*SMALL, *SPARSE, "--prune-every", "0", "--sparse-init", "weights",
-                          "--student-weights", file, "--output-dir", str(tmp_path)]) == 0
+                          "--student-weights", file, "--output-dir", str(tmp_path / "run")]) == 0
     first = load_file(file)
     again = load_file(tmp_path / NAME / "checkpoint-last.pth")
     assert first["sparsity"]["masks"].keys() == again["sparsity"]["masks"].keys()
@@ -603,7 +604,7 @@ def test_a_sparse_student_under_a_teacher(tmp_path, monkeypatch):
     monkeypatch.setattr(train_kd, "FrozenTeacher", build_frozen)
     words = ["--teacher", "slak_pico", "--teacher-weights", "random", "--student",
              "convnext_bn_pico", "dims=16,32", "--epochs", "1", *SPARSE]
-    assert train_kd.main([*SMALL, *words, "--output-dir", str(tmp_path)]) == 0
+    assert train_kd.main([*SMALL, *words, "--output-dir", str(tmp_path / "run")]) == 0
     (folder,) = tmp_path.iterdir()
     assert folder.name == "slak_pico-convnext_bn_pico_dims16.32_sparsity0.4-nkd-1ep"
     saved = load_file(folder / "checkpoint-last.pth")

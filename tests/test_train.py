@@ -27,7 +27,7 @@ ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def train(folder: Path, *words: str) -> int:
-    return train_kd.main([*SMALL, *words, "--output-dir", str(folder)])
+    return train_kd.main([*SMALL, *words, "--output-dir", str(folder / "run")])
 
 
 def run_folder(folder: Path) -> Path:
@@ -64,7 +64,6 @@ def test_a_run_leaves_what_design_promises(tmp_path, capsys):
              "--save-freq", "1", "--save-num", "1"]
     assert train(tmp_path, *words) == 0
     folder = run_folder(tmp_path)
-    assert folder.name == "slak_nano-convnext_nano-nkd_gamma1.5_fd_weight0.1-2ep"
     files = {path.name for path in folder.iterdir()}
     assert {"args.yaml", "command.txt", "log.txt", "checkpoint-last.pth", "checkpoint-1.pth",
             "checkpoint-best.pth", "checkpoint-best-ema.pth"} == files
@@ -89,6 +88,38 @@ def test_a_run_leaves_what_design_promises(tmp_path, capsys):
     assert "160 images // 16 = 10 updates per epoch, 20 in 2 epochs" in printed
     assert train(tmp_path, *words) == 0
     assert "nothing to do" in capsys.readouterr().out
+
+
+def test_a_run_without_a_folder_gets_one_with_a_telling_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [*TAUGHT, "--loss", "nkd", "gamma=1.5", "--loss", "fd", "weight=0.1", "--epochs", "1"]
+    assert train_kd.main([*SMALL, *words]) == 0
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name == "slak_nano-convnext_nano-nkd_gamma1.5_fd_weight0.1-1ep"
+
+
+@pytest.mark.parametrize("words, telling", [
+    (["--student", "resnet51"], "unknown model 'resnet51'"),  # before the processes join
+    (["--student", "vit_nano"], "224 px only")])  # after
+def test_one_mistake_under_torchrun_is_one_sentence(words, telling, tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         "train_kd.py", *SMALL, "--batch-size", "8", *words, "--output-dir", str(tmp_path / "run")],
+        cwd=REPOSITORY, env=ONE_THREAD, capture_output=True, text=True, timeout=200)
+    said = [line for line in result.stderr.splitlines() if "train_kd.py (process" in line
+            and "error:" in line]
+    assert result.returncode and len(said) == 1 and telling in said[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_console_shows_an_epoch_in_one_line(tmp_path, capsys):
+    assert train(tmp_path, *TAUGHT, "--model-ema") == 0
+    out = capsys.readouterr().out
+    assert len(re.findall(
+        r"^epoch [12]/2  loss \d+\.\d{3}  top-1 [\d.]+ \(best [\d.]+\)  top-1 of the average "
+        r"[\d.]+ \(best [\d.]+\)  agreement [\d.]+  lr \d\.\de-\d\d  [\d,]+ images/s  eta \d+:\d\d$",
+        out, flags=re.MULTILINE)) == 2
+    assert re.search(r"^done: top-1 [\d.]+ %, best [\d.]+ %; everything is in ", out, re.MULTILINE)
 
 
 def test_the_log_has_the_teachers_accuracy(tmp_path, capsys):
@@ -158,7 +189,7 @@ def test_killed_and_resumed_equals_never_stopped(tmp_path, monkeypatch, student,
 
 def start(folder: Path, *words: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "train_kd.py", *SMALL, *words, "--output-dir", str(folder)],
+        [sys.executable, "train_kd.py", *SMALL, *words, "--output-dir", str(folder / "run")],
         cwd=REPOSITORY, env=ONE_THREAD, start_new_session=True, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True)
 
@@ -168,7 +199,7 @@ def test_a_signal_saves_and_says_so(tmp_path, number):
     """Sent to the whole process group, loader workers included, as schedulers and terminals do."""
     process = start(tmp_path, "--teacher", "none", "--student", "convnext_nano", "--epochs", "5000",
                     "--num-workers", "2", "--save-freq", "0")
-    log = tmp_path / "none-convnext_nano-ce-5000ep" / "log.txt"
+    log = tmp_path / "run" / "log.txt"
     deadline = time.monotonic() + 60
     while not log.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -195,7 +226,7 @@ def test_two_processes_equal_one(tmp_path):
              "0", "--opt-eps", "1e-3", "--effective-batch", "32", "--model-ema",
              "--model-ema-decay", "0.9"]
     assert train(tmp_path / "one", *words, "--batch-size", "16") == 0  # 2 micro-batches of 16
-    torchrun(*SMALL, *words, "--batch-size", "8", "--output-dir", str(tmp_path / "two"))
+    torchrun(*SMALL, *words, "--batch-size", "8", "--output-dir", str(tmp_path / "two" / "run"))
     one, two = read_log(tmp_path / "one"), read_log(tmp_path / "two")
     for a, b in zip(one, two):
         for key in ("train_loss", "train_nkd", "train_fd", "train_grad_norm", "test_loss"):
@@ -209,7 +240,7 @@ def test_two_processes_equal_one(tmp_path):
 
 def test_eval_repeats_the_log_under_any_number_of_processes(tmp_path, capsys):
     torchrun(*SMALL, "--teacher", "none", "--student", "resnet_nano", "--batch-size", "8",
-             "--output-dir", str(tmp_path))  # plain BatchNorm: statistics of two processes
+             "--output-dir", str(tmp_path / "run"))  # plain BatchNorm: statistics of two processes
     best = max(record["test_acc1"] for record in read_log(tmp_path))
     file = str(run_folder(tmp_path) / "checkpoint-best.pth")
     words = ["--checkpoint", file, "--batch-size", "8", "--num-workers", "0"]
@@ -302,7 +333,7 @@ def test_two_processes_have_the_same_masks(tmp_path):
     program.write_text(f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\n{COMPARING}")
     words = ["--teacher", "none", "--student", "slak_pico", "dims=16,32", "--sparsity", "0.4",
              "--prune-every", "3", "--growth", "gradient", "--model-ema", "--batch-size", "4"]
-    printed = torchrun(*SMALL, *words, "--output-dir", str(tmp_path / "runs"),
+    printed = torchrun(*SMALL, *words, "--output-dir", str(tmp_path / "runs" / "run"),
                        program=str(program))
     assert "= 2 process(es) x 4 images x 2 accumulated" in printed
     compared = re.findall(r"compared (\d+) after (\d+) changes", printed)

@@ -3,6 +3,7 @@ continue, and what it must not touch."""
 import argparse
 import os
 import pickle
+import re
 import shlex
 import subprocess
 import sys
@@ -117,9 +118,22 @@ LAST = "checkpoint-last.pth"
 FREE_ON_RESUME = frozenset({
     "config", "output_dir", "resume", "auto_resume", "device", "num_workers", "print_every",
     "save_freq", "save_num", "save_every_steps", "tensorboard", "skip_bad_images", "data_path",
-    "student_weights", "student_weights_key", "compile", "channels_last", "batch_size",
-    "accum_steps", "world_size", "git", "dry_run", "large_kernel",
+    "student_weights", "student_weights_key", "compile", "compile_teacher", "channels_last",
+    "batch_size", "accum_steps", "world_size", "git", "dry_run", "large_kernel",
     "teacher_stream", "log_kd_health"})  # the last two: only files of older versions have them
+
+
+def run_name(teacher: list[str], student: list[str], losses: list[list[str]], epochs: int,
+             seed: int, sparsity: float = 0.0) -> str:
+    """teacher-student-loss-epochs, each with the options given to it; after the student its
+    sparsity and at the end the seed, where they are not 0."""
+    loss = [word for spec in losses for word in spec]
+    parts = ["_".join(spec) for spec in (teacher, student, loss)] + [f"{epochs}ep"]
+    if sparsity:
+        parts[1] += f"_sparsity{sparsity:g}"
+    if seed:
+        parts.append(f"seed{seed}")
+    return re.sub(r"[^\w.-]+", ".", "-".join(parts).replace("=", ""))
 
 
 def find_saved(folder: Path, resume: Path | None, auto_resume: bool, settings: dict[str, Any],

@@ -175,9 +175,10 @@ def program(name: str, build_parser: Callable[[], Parser]
             else:
                 distributed.shutdown()
                 return code
-            many = int(os.environ.get("WORLD_SIZE", 1)) > 1
-            who = f"{name} (process {os.environ['RANK']})" if many else name
-            print(f"{who}: {message}", file=sys.stderr, flush=True)
+            if distributed.is_first_to_tell(message):
+                many = int(os.environ.get("WORLD_SIZE", 1)) > 1
+                who = f"{name} (process {os.environ['RANK']})" if many else name
+                print(f"{who}: {message}", file=sys.stderr, flush=True)
             return code
         return run
     return decorator

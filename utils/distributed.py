@@ -1,23 +1,30 @@
 """One process or many, started by torchrun; every function also works with one."""
 import os
 import signal
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from utils.registry import UserError
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
 def setup(device: str) -> torch.device:
     """Join torchrun's processes, if there are any, and return this process's device.
 
-    `device` is auto, cpu or cuda. CPU tensors travel through gloo, CUDA tensors through NCCL.
+    `device` is one of DEVICES; auto takes CUDA where it is, else the CPU.
+    CPU tensors travel through gloo, CUDA tensors through NCCL.
     """
+    available = {"cpu": True, "cuda": torch.cuda.is_available(),
+                 "mps": torch.backends.mps.is_available()}
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch sees no CUDA device here. Use --device cpu.")
+        device = "cuda" if available["cuda"] else "cpu"
+    if not available[device]:
+        raise UserError(f"--device {device}: PyTorch sees no such device here. Use --device cpu.")
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if device == "cuda":
         if local_rank >= torch.cuda.device_count():
@@ -28,7 +35,34 @@ def setup(device: str) -> torch.device:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         dist.init_process_group(backend)
-    return torch.device(f"cuda:{local_rank}" if device == "cuda" else "cpu")
+    return torch.device(f"cuda:{local_rank}" if device == "cuda" else device)
+
+
+def parallelize(module: nn.Module, device: torch.device) -> nn.Module:
+    """`module` in DistributedDataParallel when there are many processes, on GPUs with synchronised
+    BatchNorms; itself when there is one."""
+    if world_size() == 1:
+        return module
+    device_ids = None
+    if device.type == "cuda":
+        # On the CPU, for which there is none, each process keeps the statistics of its own batch.
+        nn.SyncBatchNorm.convert_sync_batchnorm(module)  # in place; parameters and names stay
+        device_ids = [device.index]
+    return DistributedDataParallel(module, device_ids=device_ids, gradient_as_bucket_view=True)
+
+
+def is_first_to_tell(message: str) -> bool:
+    """Whether no other process of torchrun's has told this yet: one mistake is one sentence.
+    torchrun's store answers, which outlives its processes; without it every process tells."""
+    if (int(os.environ.get("WORLD_SIZE", 1)) == 1
+            or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"):
+        return True
+    try:
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
+                              is_master=False, timeout=timedelta(seconds=10))
+        return store.add(f"told/{message}", 1) == 1
+    except (KeyError, ValueError, RuntimeError):
+        return True
 
 
 def shutdown() -> None:

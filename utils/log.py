@@ -1,8 +1,8 @@
 """What a run tells: printed lines, tables, progress, means of an epoch, log.txt, TensorBoard."""
 import json
 import math
-import resource
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,10 @@ def peak_memory_gib(device: torch.device) -> float:
     """Most memory held so far: by PyTorch on a GPU, by the whole process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 30
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30
 
@@ -65,7 +69,8 @@ class Meter:
     def add(self, values: dict[str, Tensor], step: int) -> None:
         """Count a value each. One that is not finite is left out, and its step is remembered."""
         for name, value in values.items():
-            value = value.detach().double()
+            value = value.detach()
+            value = value.float() if value.device.type == "mps" else value.double()  # MPS has none
             is_finite = value.isfinite()
             self.sums[name] = self.sums.get(name, 0) + torch.where(is_finite, value, 0)
             self.counts[name] = self.counts.get(name, 0) + is_finite.double()
@@ -104,19 +109,23 @@ class Meter:
 
 
 class RunLog:
-    """log.txt, one JSON object per epoch, and TensorBoard events beside it if asked for."""
+    """What a run of `epochs` leaves of each: a printed line, a JSON object in log.txt and, if asked
+    for, TensorBoard events beside it."""
 
-    def __init__(self, folder: Path, tensorboard: bool) -> None:
-        self.path = folder / "log.txt"
+    def __init__(self, folder: Path, epochs: int, tensorboard: bool) -> None:
+        self.path, self.epochs = folder / "log.txt", epochs
+        self.start, self.num_written = time.perf_counter(), 0
         self.writer = None
         if tensorboard and is_main():
             self.writer = summary_writer_class()(str(folder / "tensorboard"))
 
-    def write(self, record: dict[str, Any]) -> None:
+    def write(self, record: dict[str, Any], best: dict[str, float]) -> None:
         """Append a record; an epoch that is repeated after a resume replaces its old line. What is
-        NaN or infinite becomes null: JSON has no such numbers."""
+        NaN or infinite becomes null: JSON has no such numbers. `best`: as TrainState has it."""
         if not is_main():
             return
+        self.num_written += 1
+        print_once(self._line(record, best))
         record = {key: None if isinstance(value, float) and not math.isfinite(value) else value
                   for key, value in record.items()}
         lines = self.path.read_text().splitlines() if self.path.exists() else []
@@ -127,6 +136,23 @@ class RunLog:
                 if isinstance(value, (int, float)):
                     self.writer.add_scalar(key, value, record["epoch"])
             self.writer.flush()
+
+    def _line(self, record: dict[str, Any], best: dict[str, float]) -> str:
+        """The epoch for a person; the time left is reckoned at the pace since this start."""
+        epoch = record["epoch"] + 1
+        parts = [f"epoch {epoch}/{self.epochs}", f"loss {record['train_loss']:.3f}"]
+        for suffix, name in (("", "top-1"), ("_ema", "top-1 of the average")):
+            if f"test_acc1{suffix}" in record:
+                parts.append(f"{name} {record[f'test_acc1{suffix}']:.2f} "
+                             f"(best {best[f'best_acc1{suffix}']:.2f})")
+        if "agreement" in record:
+            parts.append(f"agreement {record['agreement']:.1f}")
+        parts.append(f"lr {record['train_lr']:.1e}")
+        if record["images_per_second"]:
+            parts.append(f"{record['images_per_second']:,.0f} images/s")
+        pace = (time.perf_counter() - self.start) / self.num_written
+        minutes = int(pace * (self.epochs - epoch) / 60)
+        return "  ".join([*parts, f"eta {minutes // 60}:{minutes % 60:02d}"])
 
 
 def summary_writer_class() -> type:
