@@ -170,7 +170,8 @@ def _start_worker(worker: int) -> None:
     # Ctrl-C and a scheduler's SIGTERM reach the whole process group, but the main process needs its
     # workers until it has saved. It ends them; come what may, they end a minute later.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(60))
+    if hasattr(signal, "alarm"):  # not on Windows
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(60))
     keep_freed_memory(FREED_BLOCKS)
 
 

@@ -122,6 +122,28 @@ def test_the_console_shows_an_epoch_in_one_line(tmp_path, capsys):
     assert re.search(r"^done: top-1 [\d.]+ %, best [\d.]+ %; everything is in ", out, re.MULTILINE)
 
 
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_loader_processes_may_be_started_in_any_way(method, tmp_path):
+    words = [*SMALL, "--teacher", "none", "--student", "convnext_nano", "--epochs", "1",
+             "--num-workers", "2", "--output-dir"]
+    code = (f"import sys, torch, train_kd\ntorch.multiprocessing.set_start_method({method!r})\n"
+            f"sys.exit(train_kd.main({words!r} + [sys.argv[1]]))")
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "run")], cwd=REPOSITORY,
+                   env=ONE_THREAD, check=True, timeout=200, capture_output=True)
+    assert train(tmp_path / "fork", *words[len(SMALL):-3]) == 0
+    assert read_log(tmp_path / "fork")[0]["test_loss"] == json.loads(
+        (tmp_path / "run" / "log.txt").read_text())["test_loss"]
+
+
+def test_help_needs_nothing_that_windows_lacks():
+    code = ("import signal, sys\nsys.modules['resource'] = None\ndel signal.alarm\n"
+            "import train_kd, eval\nfrom utils.log import peak_memory_gib\nimport math, torch\n"
+            "assert math.isnan(peak_memory_gib(torch.device('cpu')))\ntrain_kd.main(['--help'])")
+    result = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, env=ONE_THREAD,
+                            check=True, timeout=100, capture_output=True, text=True)
+    assert "--teacher" in result.stdout and len(result.stdout.splitlines()) < 200
+
+
 def test_the_log_has_the_teachers_accuracy(tmp_path, capsys):
     assert train(tmp_path, *TAUGHT, "--epochs", "1") == 0
     said = re.search(r"teacher: top-1 ([\d.]+) %", capsys.readouterr().out)

@@ -22,8 +22,10 @@ class Parser(argparse.ArgumentParser):
     unknown one, and reads defaults from `--config recipe.yaml`."""
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                         **kwargs)
+        formatter = functools.partial(argparse.ArgumentDefaultsHelpFormatter, width=100,
+                                      max_help_position=36)
+        super().__init__(allow_abbrev=False, formatter_class=formatter,
+                         usage="%(prog)s [--flag value ...]", **kwargs)
         self.add_argument("--config", type=Path, metavar="YAML", help="recipe of defaults")
 
     def parse(self, argv: list[str]) -> argparse.Namespace:
