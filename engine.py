@@ -96,7 +96,7 @@ class TrainState:
         if self.sparsity:
             self.sparsity.load_state_dict(state["sparsity"])
         self.step, self.epoch = state["step"], state["epoch"]
-        self.meter.load_state_dict(state["meter"], next(self.distiller.parameters()).device)
+        self.meter.load_state_dict(state["meter"])
         self.best = {name: state[name] for name in self.best if name in state}
 
 

@@ -49,7 +49,7 @@ def build_parser() -> Parser:
     flag("--num-workers", type=at_least(0), default=10, help="loader processes per process")
     flag("--skip-bad-images", action=argparse.BooleanOptionalAction, default=False,
          help="leave unreadable images out of the count instead of stopping")
-    flag("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to run")
+    flag("--device", choices=distributed.DEVICES, default="auto", help="where to run")
     flag("--amp", choices=list(engine.AMP_DTYPES), default="none", help="mixed precision")
     flag("--large-kernel", choices=ACCEPTED, default="auto",
          help="code for large depthwise kernels (docs/performance.md); equal up to rounding")

@@ -23,7 +23,7 @@ import models
 from data.datasets import DATASETS
 from losses.base import LOSSES
 from models.base import MODELS
-from models.distiller import Distiller, FrozenTeacher
+from models.distiller import Distiller, FrozenTeacher, frozen_dtype
 from models.large_kernel.operator import ACCEPTED, describe_choice, set_backend
 from models.sparsity import GROWTHS, INITS, LAYERS, SparseMask
 from models.weights import load_named
@@ -60,14 +60,14 @@ def build_parser() -> Parser:
     flag("--crop-pct", type=float, help="evaluation crop; by default 224/256")
     flag("--scale", type=float, nargs=2, default=[0.08, 1.0], help="area of the random crop")
     flag("--ratio", type=float, nargs=2, default=[3 / 4, 4 / 3], help="aspect of the random crop")
-    flag("--hflip", type=float, default=0.5, help="probability of a horizontal flip")
+    flag("--hflip", type=between(0.0, 1.0), default=0.5, help="probability of a horizontal flip")
     flag("--aa", default="rand-m9-mstd0.5-inc1", help="RandAugment policy, or none")
-    flag("--reprob", type=float, default=0.25, help="probability of random erasing")
-    flag("--mixup", type=float, default=0.8, help="mixup alpha, 0 = off")
-    flag("--cutmix", type=float, default=1.0, help="cutmix alpha, 0 = off")
-    flag("--mixup-prob", type=float, default=1.0, help="probability to mix a batch")
-    flag("--mixup-switch-prob", type=float, default=0.5, help="share of cutmix where both are on")
-    flag("--smoothing", type=float, default=0.1, help="label smoothing of the targets")
+    flag("--reprob", type=between(0.0, 1.0), default=0.25, help="probability of random erasing")
+    flag("--mixup", type=at_least(0.0), default=0.8, help="mixup alpha, 0 = off")
+    flag("--cutmix", type=at_least(0.0), default=1.0, help="cutmix alpha, 0 = off")
+    flag("--mixup-prob", type=between(0.0, 1.0), default=1.0, help="probability to mix a batch")
+    flag("--mixup-switch-prob", type=between(0.0, 1.0), default=0.5, help="share of cutmix of both")
+    flag("--smoothing", type=below_one, default=0.1, help="label smoothing of the targets")
     flag("--fast-decode", action=switch, default=False, help="approximate decoding (docs/data.md)")
     flag("--num-workers", type=at_least(0), default=10, help="loader processes per process")
     flag("--skip-bad-images", action=switch, default=False, help="report them instead of stopping")
@@ -99,7 +99,7 @@ def add_optimisation_flags(parser: Parser) -> None:
     flag("--seed", type=between(0, 2 ** 63 - 1), default=0, help="of everything random")
 
     flag = parser.add_argument_group("sparse training of the student").add_argument
-    flag("--sparsity", type=float, default=0.0, help="share of the weights to mask, 0 = off")
+    flag("--sparsity", type=below_one, default=0.0, help="share of the weights to mask, 0 = off")
     flag("--sparse-init", choices=INITS, default="snip", help="density of each layer, or the masks")
     flag("--sparse-layers", choices=LAYERS, default="all", help="which weights may be masked")
     flag("--prune-rate", type=float, default=0.3, help="share of the live weights that moves first")
@@ -130,7 +130,7 @@ def add_running_flags(parser: Parser) -> None:
 def main(args: argparse.Namespace) -> int:
     """0 when the run is complete, 143 when it was asked to stop, 2 for an error of the user's."""
     # Device and processes; under torchrun each runs this function. Names are checked before all.
-    check_names(args)
+    check_flags(args)
     device = distributed.setup(args.device)
 
     # Data. The number of classes comes from it.
@@ -149,7 +149,7 @@ def main(args: argparse.Namespace) -> int:
     # 3. without either, --student-weights;
     # 4. without that, random weights.
     # --teacher-weights has no part in it.
-    folder, settings = args.output_dir, plain(args)
+    folder, settings, amp_dtype = args.output_dir, plain(args), engine.AMP_DTYPES[args.amp]
     saved = checkpoint.find_saved(folder, args.resume, args.auto_resume, settings, args.defaults)
 
     # Student. Each part has a seed of its own, so that none depends on what was built before it.
@@ -164,13 +164,14 @@ def main(args: argparse.Namespace) -> int:
         torch.manual_seed(fold_seed(args.seed, "teacher"))
         teacher = load_named(args.teacher, args.teacher_weights, args.teacher_weights_key,
                              args.num_classes, flag="--teacher", dry_run=args.dry_run)
-        teacher = FrozenTeacher(teacher, student.input_mean, student.input_std).to(device)
+        teacher = FrozenTeacher(teacher, student.input_mean, student.input_std,
+                                dtype=frozen_dtype(amp_dtype, device)).to(device)
     set_backend(args.large_kernel, student, teacher)
 
     # Losses and distiller: everything with a gradient in one module. Two blank images go through
     # it now, so that what does not fit together fails before the run folder exists.
     options = engine.StepOptions(
-        device=device, amp_dtype=engine.AMP_DTYPES[args.amp], accum_steps=args.accum_steps,
+        device=device, amp_dtype=amp_dtype, accum_steps=args.accum_steps,
         memory_format=torch.channels_last if args.channels_last else torch.contiguous_format,
         clip_grad=args.clip_grad, seed=args.seed,
         batch_transform=data.BatchTransform(student.input_mean, student.input_std, device))
@@ -194,9 +195,8 @@ def main(args: argparse.Namespace) -> int:
             sparsity.start(args.sparse_init, 1 - args.sparsity,
                            lambda: options.to_device(*train_loader.first_batch(most=64)))
     wrapped, ema = wrap(args, distiller, teacher, device)
-    state = engine.build_state(distiller, optimizer, device=device, amp_dtype=options.amp_dtype,
-                               ema=ema, sparsity=sparsity, wrapped=wrapped,
-                               classes=train_set.classes)
+    state = engine.build_state(distiller, optimizer, device=device, amp_dtype=amp_dtype, ema=ema,
+                               sparsity=sparsity, wrapped=wrapped, classes=train_set.classes)
     if saved is not None:
         checkpoint.restore(state, *saved)
         del saved  # else it would stay in memory for the whole run
@@ -244,13 +244,13 @@ def main(args: argparse.Namespace) -> int:
     if state.epoch < args.epochs:
         print_once(f"stopped on request at update {state.step:,}; the same command continues it.")
         return 143
-    print_once(f"done: top-1 {results[''].acc1:.2f} %, best {state.best['best_acc1']:.2f} %; "
-               f"everything is in {folder}")
+    last, best = results[""].acc1, state.best["best_acc1"]
+    print_once(f"done: top-1 {last:.2f} %, best {best:.2f} %; everything is in {folder}")
     return 0
 
 
-def check_names(args: argparse.Namespace) -> None:
-    """Raises UnknownName for a network, loss or data set that is not registered."""
+def check_flags(args: argparse.Namespace) -> None:
+    """Raises UserError for what can be told wrong at once: first for names."""
     for registry, flag, specs in ((MODELS, "--teacher", [args.teacher]),
                                   (MODELS, "--student", [args.student]),
                                   (LOSSES, "--loss", args.loss or []),
@@ -258,6 +258,13 @@ def check_names(args: argparse.Namespace) -> None:
         for spec in specs:
             if spec != ["none"] or flag != "--teacher":
                 registry.builder(parse_spec(spec, flag)[0])
+    if args.tensorboard:
+        summary_writer_class()  # better missed now than after an epoch
+    useless = [name for name in ("sparse_init", "sparse_layers", "prune_rate", "prune_every",
+                                 "growth") if name in args.given]
+    if useless and "sparsity" not in args.given and not args.sparsity:
+        raise UserError(f"--{useless[0].replace('_', '-')} does nothing without --sparsity; the "
+                        "published one is 0.4.")
 
 
 def resolve(args: argparse.Namespace, device: torch.device, *, train_size: int,
@@ -268,13 +275,6 @@ def resolve(args: argparse.Namespace, device: torch.device, *, train_size: int,
     args.num_classes, args.train_size = num_classes, train_size
     args.world_size = distributed.world_size()
     args.git = checkpoint.git_revision(Path(__file__).parent)
-    if args.tensorboard:
-        summary_writer_class()  # better missed now than after an epoch
-    useless = {"sparse_init", "sparse_layers", "prune_rate", "prune_every", "growth"}
-    useless &= {*args.given}
-    if useless and "sparsity" not in args.given and not args.sparsity:
-        raise UserError(f"--{min(useless).replace('_', '-')} does nothing without --sparsity; the "
-                        "published one is 0.4.")
     if args.loss is None:
         args.loss = [["ce"]] if args.teacher[0] == "none" else [["nkd"]]
     if args.output_dir is None:
@@ -409,7 +409,9 @@ def print_run(args: argparse.Namespace, state: engine.TrainState, teacher: Froze
     print_once(f"{args.train_size:,} images // {args.effective_batch} = {args.steps_per_epoch} "
                f"updates per epoch, {args.epochs * args.steps_per_epoch:,} in {args.epochs} epochs;"
                f" {num_val:,} images to evaluate on")
-    compiled = "all" if args.compile else "teacher" if args.compile_teacher else "nothing"
+    compiled = "all" if args.compile else "nothing"
+    if args.compile_teacher and not args.compile:
+        compiled = "teacher"
     print_once(f"learning rate 0 -> {args.lr:g} in {args.warmup_steps:,} updates, then cosine to "
                f"{args.min_lr:g}; {device}, precision {args.amp}, compiled: {compiled}")
     if state.sparsity is not None:

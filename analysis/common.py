@@ -21,7 +21,7 @@ from models.base import VisionModel
 from models.weights import load_named, load_trained
 from utils.checkpoint import write_atomically, write_text_atomically
 from utils.config import Parser, at_least
-from utils.distributed import setup, world_size
+from utils.distributed import DEVICES, setup, world_size
 from utils.registry import UserError, one_line, parse_spec
 from utils.rng import fold_seed, generator
 
@@ -145,7 +145,7 @@ def add_image_flags(parser: Parser) -> None:
     flag("--num-workers", type=at_least(0), default=2, help="loader processes")
     flag("--skip-bad-images", action=argparse.BooleanOptionalAction, default=False,
          help="leave unreadable images out instead of stopping")
-    flag("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to run")
+    flag("--device", choices=DEVICES, default="auto", help="where to run")
 
 
 def validation_images(data_set: list[str] | None, data_path: str | None,

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
 from utils.registry import Registry, UserError, one_line
@@ -61,6 +62,21 @@ class VisionModel(nn.Module):
 
     def fold(self) -> "VisionModel":
         """Fold, in place, what can be folded for inference without changing the function; self."""
+        return self
+
+    def pad_widths(self, multiple: int) -> "VisionModel":
+        """Lay the weights out, in place and for inference, for maps whose channels are filled up
+        with zeros to a multiple, where the network can; after `fold`. The function stays; self."""
+        return self
+
+    def to_half(self, dtype: torch.dtype) -> "VisionModel":
+        """Cast the weights, in place, for inference in `dtype` without autocast; self. BatchNorms,
+        which hold statistics, stay as they are; norms and softmax sum in float32 anyway."""
+        for module in self.modules():
+            if not isinstance(module, _BatchNorm):
+                for tensor in (*module._parameters.values(), *module._buffers.values()):
+                    if tensor is not None and tensor.is_floating_point():
+                        tensor.data = tensor.data.to(dtype)
         return self
 
     @classmethod

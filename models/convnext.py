@@ -10,11 +10,16 @@ from torch import Tensor, nn
 from models.base import FeatureInfo, ModelOutput, VisionModel, register_model
 from models.layers import (
     GELU,
+    Conv2d,
+    DepthwiseConv2d,
     DropPath,
+    LayerNorm,
     LayerNorm2d,
     PointwiseLinear,
     check_stages,
     drop_path_rates,
+    pad_to,
+    round_up,
 )
 from models.weights import rename_keys
 
@@ -27,20 +32,25 @@ class GlobalResponseNorm(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
+        self.dim = dim
         self.gamma = nn.Parameter(torch.zeros(1, 1, 1, dim))
         self.beta = nn.Parameter(torch.zeros(1, 1, 1, dim))
 
     def forward(self, x: Tensor) -> Tensor:
         norm = x.float().norm(dim=(1, 2), keepdim=True)  # (N, 1, 1, C); squares overflow float16
-        norm = norm / (norm.mean(dim=-1, keepdim=True) + 1e-6)
-        return x + self.beta + self.gamma * (x * norm.to(x.dtype))
+        # The mean over the own channels: x may carry others of zeros.
+        mean = norm.mean(dim=-1, keepdim=True) * (x.shape[-1] / self.dim)
+        norm = norm / (mean + 1e-6)
+        gamma, beta = [pad_to(values, 1, 1, 1, x.shape[-1]) for values in (self.gamma, self.beta)]
+        return x + beta + gamma * (x * norm.to(x.dtype))
 
 
 class ConvNeXtBlock(nn.Module):
     """x + DropPath(gamma * MLP(LayerNorm(mix(x)))), the MLP on channels-last positions.
 
     `mixer` is the depthwise part; it is registered as `mixer_name`, the checkpoint's name for it.
-    `grn` puts a response normalisation into the MLP, as ConvNeXt V2 does.
+    `grn` puts a response normalisation into the MLP, as ConvNeXt V2 does. x may carry channels of
+    zeros behind the block's own; they stay zeros.
     """
 
     def __init__(self, dim: int, mixer_name: str, mixer: nn.Module, *, drop_path: float,
@@ -52,7 +62,7 @@ class ConvNeXtBlock(nn.Module):
         if layer_scale_init > 0:
             self.gamma = nn.Parameter(layer_scale_init * torch.ones(dim))
         self.add_module(mixer_name, mixer)
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.norm = LayerNorm(dim, eps=1e-6)
         self.pwconv1 = PointwiseLinear(dim, 4 * dim)
         self.act = GELU()
         self.grn = GlobalResponseNorm(4 * dim) if grn else nn.Identity()
@@ -65,15 +75,41 @@ class ConvNeXtBlock(nn.Module):
         # The activation may overwrite what pwconv1 gave (models.layers.GELU).
         y = self.pwconv2(self.grn(self.act(self.pwconv1(self.norm(y)))))
         if self.gamma is not None:
-            y = self.gamma * y
+            y = pad_to(self.gamma, y.shape[-1]) * y
         return x + self.drop_path(y.permute(0, 3, 1, 2))
+
+    @torch.no_grad()
+    def absorb_scales(self) -> None:
+        """Let the linear layers hold the norm's weight and bias and the layer scale, for inference:
+        what a low precision need not round by itself. They become 1, 0 and none."""
+        norm, first, last = self.norm, self.pwconv1, self.pwconv2
+        weight = first.weight.double()
+        scale, shift = [pad_to(values.double(), weight.shape[1])
+                        for values in (norm.weight, norm.bias)]
+        first.bias.copy_(first.bias.double() + weight @ shift)
+        first.weight.copy_(weight * scale)
+        norm.weight.fill_(1)
+        norm.bias.zero_()
+        if self.gamma is not None:
+            last.weight.copy_(last.weight.double() * self.gamma.double()[:, None])
+            last.bias.copy_(last.bias.double() * self.gamma.double())
+            self.gamma = None
 
 
 class ConvNeXtFrame(VisionModel):
     """Stem, four stages of blocks with down-sampling between them, pooled norm and head.
 
     `make_block(stage, dim, drop_path)` builds a block; `dims` are the final widths.
+
+    Inside, maps have widths that are multiples of `width_multiple`, zeros behind their own
+    channels. None: of 8 in half precision on a GPU, whose matrix units take rows of 16 bytes, where
+    the network is compiled (called eagerly, the launches of the padding cost more than they gain:
+    docs/performance.md); else the widths as they are. Features, logits, parameters and gradients
+    have the plain widths.
     """
+
+    width_multiple: int | None = None
+    pooled_dtype: torch.dtype | None = None  # of the pooled map; None: as the map
 
     def __init__(self, num_classes: int, depths: Sequence[int], dims: Sequence[int],
                  make_block: Callable[[int, int, float], nn.Module], *, drop_path: float,
@@ -83,11 +119,11 @@ class ConvNeXtFrame(VisionModel):
         self.num_classes = num_classes
         self.depths = tuple(depths)
         self.feature_info = tuple(FeatureInfo(dim, 4 * 2 ** i) for i, dim in enumerate(dims))
-        stem = nn.Sequential(nn.Conv2d(3, dims[0], 4, stride=4), LayerNorm2d(dims[0], eps=1e-6))
+        stem = nn.Sequential(Conv2d(3, dims[0], 4, stride=4), LayerNorm2d(dims[0], eps=1e-6))
         self.downsample_layers = nn.ModuleList([stem])
         for narrow, wide in zip(dims[:-1], dims[1:]):
             self.downsample_layers.append(nn.Sequential(
-                LayerNorm2d(narrow, eps=1e-6), nn.Conv2d(narrow, wide, 2, stride=2)))
+                LayerNorm2d(narrow, eps=1e-6), Conv2d(narrow, wide, 2, stride=2)))
         rates = iter(drop_path_rates(drop_path, sum(depths)))
         self.stages = nn.ModuleList(
             nn.Sequential(*[make_block(stage, dim, next(rates)) for _ in range(depth)])
@@ -99,12 +135,47 @@ class ConvNeXtFrame(VisionModel):
         self.head.bias.data.mul_(head_init_scale)
 
     def forward_with_features(self, images: Tensor) -> ModelOutput:
+        multiple = self._width_multiple(images)
         features = []
         x = images
-        for downsample, stage in zip(self.downsample_layers, self.stages):
-            x = stage(downsample(x))
-            features.append(x)
-        return ModelOutput(self.head(self.norm(x.mean((2, 3)))), features)
+        for info, downsample, stage in zip(self.feature_info, self.downsample_layers, self.stages):
+            for layer in downsample:
+                is_conv = isinstance(layer, Conv2d)
+                x = layer(x, round_up(info.channels, multiple)) if is_conv else layer(x)
+            x = stage(x)
+            features.append(x if x.shape[1] == info.channels else x[:, :info.channels])
+        pooled = x.mean((2, 3), dtype=self.pooled_dtype)[:, :info.channels]
+        return ModelOutput(self.head(self.norm(pooled)), features)
+
+    def _width_multiple(self, images: Tensor) -> int:
+        if self.width_multiple is not None:
+            return self.width_multiple
+        is_half = images.dtype in (torch.bfloat16, torch.float16)
+        if (torch.compiler.is_compiling() and images.device.type == "cuda"
+                and (is_half or torch.is_autocast_enabled("cuda"))):
+            return 8
+        return 1
+
+    @torch.no_grad()
+    def pad_widths(self, multiple: int) -> "ConvNeXtFrame":
+        self.width_multiple = multiple
+        for prefix, module in self.named_modules():
+            if isinstance(module, nn.LayerNorm) or module is self.head:
+                continue  # which know the plain width
+            for name, parameter in module.named_parameters(prefix, recurse=False):
+                parameter.data = pad_to(parameter, *_padded_sizes(name, parameter.shape, multiple))
+        return self
+
+    def to_half(self, dtype: torch.dtype) -> "ConvNeXtFrame":
+        """Also pooled and classified in float32, which costs nothing there."""
+        for module in self.modules():
+            if isinstance(module, ConvNeXtBlock):
+                module.absorb_scales()
+        super().to_half(dtype)
+        self.norm.float()
+        self.head.float()
+        self.pooled_dtype = torch.float32
+        return self
 
     def no_weight_decay(self) -> set[str]:
         """GRN's scale and shift, which are four-dimensional, as its authors train it."""
@@ -113,6 +184,25 @@ class ConvNeXtFrame(VisionModel):
     def layer_ids(self) -> dict[str, int]:
         """The published assignment: 12 groups and the head, written for 27 blocks in stage 3."""
         return {name: _layer_id(name, self.depths) for name, _ in self.named_parameters()}
+
+
+def _padded_sizes(name: str, shape: Sequence[int], multiple: int) -> tuple[int, ...]:
+    """What a parameter's first dimensions become where its channels fill up `multiple`."""
+    def width(number: int) -> int:
+        return round_up(number, multiple)
+
+    def hidden(number: int) -> int:
+        return 4 * width(number // 4)
+
+    if ".grn." in name:
+        return 1, 1, 1, hidden(shape[3])
+    if ".pwconv1." in name:
+        return hidden(shape[0]), *[width(number) for number in shape[1:]]
+    if ".pwconv2." in name:
+        return width(shape[0]), *[hidden(number) for number in shape[1:]]
+    if len(shape) == 4 and shape[1] > 1 and not name.startswith("downsample_layers.0"):
+        return width(shape[0]), width(shape[1])
+    return (width(shape[0]),)
 
 
 def _layer_id(name: str, depths: Sequence[int]) -> int:
@@ -167,8 +257,7 @@ class ConvNeXt(ConvNeXtFrame):
                  dims: Sequence[int] = (96, 192, 384, 768), layer_scale_init: float = 1e-6,
                  drop_path: float = 0.0, head_init_scale: float = 1.0) -> None:
         def make_block(stage: int, dim: int, rate: float) -> nn.Module:
-            dwconv = nn.Conv2d(dim, dim, 7, padding=3, groups=dim)
-            return ConvNeXtBlock(dim, "dwconv", dwconv, drop_path=rate,
+            return ConvNeXtBlock(dim, "dwconv", DepthwiseConv2d(dim, 7), drop_path=rate,
                                  layer_scale_init=layer_scale_init, grn=self.grn)
 
         super().__init__(num_classes, depths, dims, make_block, drop_path=drop_path,

@@ -10,6 +10,14 @@ from utils.registry import UserError, one_line
 # Images that a CPU takes through the network at a time, so that maps stay in its caches. Nothing
 # that a frozen network does depends on the other images of a batch.
 IMAGES_AT_A_TIME = 4
+# Channels whose 16-bit values fill 16 bytes: products on matrix units load no less at once.
+WIDTH_MULTIPLE = 8
+
+
+def frozen_dtype(amp_dtype: torch.dtype | None, device: torch.device) -> torch.dtype | None:
+    """What a FrozenTeacher holds its weights in: the half precision of the run on a GPU; None on
+    other devices, where autocast is no slower."""
+    return amp_dtype if device.type == "cuda" else None
 
 
 class FrozenTeacher(nn.Module):
@@ -18,13 +26,20 @@ class FrozenTeacher(nn.Module):
     It takes the batches of the student, normalised with `data_mean` and `data_std`, and gives
     `model` what its weights expect: its own normalisation and, where it is not the usual 224 px or
     the network accepts no other, their size.
+
+    `dtype`: a half precision that weights and maps are held in throughout, the caller's autocast
+    being left; widths are then filled up to what matrix units take. None: the weights stay as they
+    are, and autocast is the caller's.
     """
 
     def __init__(self, model: VisionModel, data_mean: tuple[float, ...],
-                 data_std: tuple[float, ...]) -> None:
+                 data_std: tuple[float, ...], *, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.num_parameters = model.num_parameters  # before folding
+        self.dtype = dtype
         self.model = model.eval().fold().requires_grad_(False)
+        if dtype is not None:
+            self.model.pad_widths(WIDTH_MULTIPLE).to_half(dtype)
         self.model.to(memory_format=torch.channels_last)
         self.feature_info, self.num_classes = model.feature_info, model.num_classes
         self.input_size = model.input_size
@@ -43,21 +58,37 @@ class FrozenTeacher(nn.Module):
         return super().train(False)
 
     def compile(self) -> None:
-        """Compile `forward_with_features` on its next call."""
-        self.forward_with_features = torch.compile(self.forward_with_features)
+        """Compile `forward_with_features` after its next call, in which the network prepares what
+        depends on the size of its maps: that is neither captured nor a reason to compile again.
+        `forward` stays as it is, for the batches of an evaluation have other sizes."""
+        self.forward_with_features = self._call_and_compile
+
+    def _call_and_compile(self, images: Tensor) -> ModelOutput:
+        output = self._run(images)
+        self.forward_with_features = torch.compile(self._run)
+        return output
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) -> logits (N, num_classes)."""
-        return self.forward_with_features(images).logits
+        return self._run(images).logits
 
-    @torch.no_grad()
     def forward_with_features(self, images: Tensor) -> ModelOutput:
         """(N, 3, H, W) -> logits and stage maps without gradient history."""
+        return self._run(images)
+
+    @torch.no_grad()
+    def _run(self, images: Tensor) -> ModelOutput:
         if self.renormalises:
             images = images * self.scale + self.shift
         if self.fixed_size and images.shape[-1] != self.input_size:
             images = F.interpolate(images, (self.input_size, self.input_size), mode="bicubic",
                                    antialias=True)
+        if self.dtype is None:
+            return self._in_parts(images)
+        with torch.autocast(images.device.type, enabled=False):
+            return self._in_parts(images.to(self.dtype))
+
+    def _in_parts(self, images: Tensor) -> ModelOutput:
         if images.device.type != "cpu" or len(images) <= IMAGES_AT_A_TIME:
             return self.model.forward_with_features(images)
         parts = [self.model.forward_with_features(part) for part in images.split(IMAGES_AT_A_TIME)]

@@ -5,30 +5,112 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.fused import layer_norm as fused
+from models.fused.depthwise import depthwise_conv2d
 from utils.registry import UserError
 
+# Maps may carry more channels than a layer has, zeros behind its own: matrix units want widths that
+# are multiples of 8. The layers below then pad their weights with zeros, so that zeros stay zeros.
 
-class LayerNorm2d(nn.LayerNorm):
+def round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def pad_to(tensor: Tensor, *sizes: int) -> Tensor:
+    """`tensor` with zeros behind it up to `sizes` in its first dimensions; itself where it has
+    them. Gradients come back in its own shape."""
+    missing = [size - present for size, present in zip(sizes, tensor.shape)]
+    if not any(missing):
+        return tensor
+    missing += [0] * (tensor.dim() - len(missing))
+    return F.pad(tensor, [amount for number in reversed(missing) for amount in (0, number)])
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, width: int) -> Tensor:
+    """LayerNorm over the first `width` channels of (..., C); zeros behind them."""
+    channels = x.shape[-1]
+    if x.is_cuda and not torch.compiler.is_compiling():
+        return fused.layer_norm(x, weight, bias, eps, width)
+    if channels == width:
+        return F.layer_norm(x, (width,), weight, bias, eps)
+    # Written out, which torch.compile joins with what stands beside it.
+    wide = x if x.dtype == torch.float64 else x.float()
+    is_own = torch.arange(channels, device=x.device) < width
+    centred = (wide - wide.sum(-1, keepdim=True) / width) * is_own
+    variance = centred.square().sum(-1, keepdim=True) / width
+    y = centred * (variance + eps).rsqrt() * pad_to(weight, channels) + pad_to(bias, channels)
+    return y.to(x.dtype)
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm over the last dimension, of maps that may carry channels of zeros."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, self.eps, self.normalized_shape[0])
+
+
+class LayerNorm2d(LayerNorm):
     """LayerNorm over the channels of (N, C, H, W), at every position by itself."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.permute(0, 2, 3, 1)  # (N, C, H, W) -> (N, H, W, C); free in channels-last memory
-        x = F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
-        return x.permute(0, 3, 1, 2)
+        return super().forward(x).permute(0, 3, 1, 2)
+
+
+class Conv2d(nn.Conv2d):
+    """A dense convolution of maps that may carry channels of zeros. `width`: channels of the
+    result, zeros behind its own."""
+
+    def forward(self, x: Tensor, width: int | None = None) -> Tensor:
+        width = width or len(self.weight)
+        weight, bias = pad_to(self.weight, width, x.shape[1]), pad_to(self.bias, width)
+        return F.conv2d(x, weight, bias, self.stride, self.padding)
+
+
+class DepthwiseConv2d(nn.Conv2d):
+    """A depthwise convolution, with an odd square kernel and zeros around the map to keep its size,
+    of maps that may carry channels of zeros."""
+
+    def __init__(self, dim: int, kernel_size: int) -> None:
+        super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        width = x.shape[1]
+        return depthwise_conv2d(x, pad_to(self.weight, width), pad_to(self.bias, width))
+
+
+def batch_norm(norm: nn.Module, x: Tensor) -> Tensor:
+    """`norm`, an nn.BatchNorm2d, nn.SyncBatchNorm or nn.Identity, of a map that may carry channels
+    of zeros."""
+    channels = x.shape[1]
+    if isinstance(norm, nn.Identity) or channels == norm.num_features:
+        return norm(x)
+    mean, var = pad_to(norm.running_mean, channels), pad_to(norm.running_var, channels)
+    padded = {"weight": pad_to(norm.weight, channels), "bias": pad_to(norm.bias, channels),
+              "running_mean": mean, "running_var": var}
+    y = torch.func.functional_call(norm, padded, (x,))
+    if norm.training:
+        norm.running_mean.copy_(mean[:norm.num_features])
+        norm.running_var.copy_(var[:norm.num_features])
+    return y
 
 
 class PointwiseLinear(nn.Linear):
-    """A linear layer over the channels of (N, H, W, C) maps.
+    """A linear layer over the channels of (N, H, W, C) maps, which may carry channels of zeros; its
+    result is then wider by the same factor.
 
     In float32 on a CPU computed as the 1x1 convolution that it is: oneDNN's takes two thirds of
     the time of the matrix library's product on such shapes.
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        width = self.out_features * x.shape[-1] // self.in_features
+        weight = pad_to(self.weight, width, x.shape[-1])
+        bias = None if self.bias is None else pad_to(self.bias, width)
         in_half = x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
         if x.device.type != "cpu" or x.dtype != torch.float32 or x.dim() != 4 or in_half:
-            return super().forward(x)
-        y = F.conv2d(x.permute(0, 3, 1, 2), self.weight[:, :, None, None], self.bias)
+            return F.linear(x, weight, bias)
+        y = F.conv2d(x.permute(0, 3, 1, 2), weight[:, :, None, None], bias)
         return y.permute(0, 2, 3, 1)
 
 

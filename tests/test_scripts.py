@@ -23,30 +23,40 @@ from losses import create_losses
 from models import VisionModel, create_model
 from models.weights import published_source
 from utils import config
-from utils.checkpoint import FREE_ON_RESUME
+from utils.checkpoint import FREE_ON_RESUME, run_name
 from utils.optim import resolve_batch
 from utils.registry import parse_spec
-from utils.run_name import run_name
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = sorted((ROOT / "run_scripts").glob("*.sh"))
-SOURCED = ("setup.sh", "launch.sh")
-RUNNABLE = [path for path in SCRIPTS if path.name not in SOURCED]
-NAMES = dict(ids=lambda path: path.name)
-TRAINING = re.compile(r"\btrain_kd\.py\b|\beval\.py\b|^train |\bbash run_scripts/")
+RUN_SCRIPTS = ROOT / "run_scripts"
+EXPERIMENTS = sorted(RUN_SCRIPTS.glob("*/*.sh"))  # teachers/, students/, studies/
+TRAININGS = [path for path in EXPERIMENTS
+             if path.stem not in ("robustness", "receptive_fields", "imagenette128_erf")]
+ON_IMAGENET = [path for path in TRAININGS if "imagenette" not in path.name]
+NAMES = dict(ids=lambda path: path.relative_to(ROOT).as_posix())
 
 
-def bash(command: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+def bash(command: str, cwd: Path, timeout: int = 60, **environment: str
+         ) -> subprocess.CompletedProcess:
     """A clean environment, without a network proxy or a virtual environment of the caller."""
     env = {"PATH": os.environ["PATH"], "HOME": str(cwd), "PIP_NO_INDEX": "1", **environment}
     return subprocess.run(["bash", "-c", command], cwd=cwd, env=env, capture_output=True,
-                          text=True, timeout=60)
+                          text=True, timeout=timeout)
+
+
+def script(name: str) -> Path:
+    """teachers/NAME.sh, students/NAME.sh or studies/NAME.sh."""
+    (path,) = RUN_SCRIPTS.glob(f"*/{name}.sh")
+    return path
+
+
+# setup.sh
 
 
 @pytest.fixture
 def copy(tmp_path) -> Path:
     """run_scripts and the requirement files in a folder of their own."""
-    shutil.copytree(ROOT / "run_scripts", tmp_path / "run_scripts")
+    shutil.copytree(RUN_SCRIPTS, tmp_path / "run_scripts")
     for path in ROOT.glob("requirements*.txt"):
         shutil.copy(path, tmp_path)
     return tmp_path
@@ -61,7 +71,7 @@ def installs(asked: Path) -> list[str]:
     return [line for line in asked.read_text().splitlines() if " install " in line]
 
 
-SOURCE = "set -euo pipefail; source run_scripts/setup.sh {}; echo PYTHON=$PYTHON; pwd"
+SOURCE = "source run_scripts/setup.sh {}; echo PYTHON=$PYTHON; pwd"
 
 
 @pytest.mark.parametrize("requirements", ["", "requirements.txt", "requirements-dev.txt"])
@@ -76,9 +86,12 @@ def test_setup_takes_a_python_that_is_given(requirements, copy):
 
 def test_setup_works_from_any_folder(copy):
     (copy / "elsewhere").mkdir()
-    result = bash("source ../run_scripts/setup.sh; pwd", copy / "elsewhere",
-                  L2S_PYTHON=sys.executable)
-    assert result.stdout.splitlines() == [str(copy)], result.stderr
+    python = copy / "elsewhere" / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    result = bash("source ../run_scripts/setup.sh; echo $ROOT $PYTHON", copy / "elsewhere",
+                  L2S_PYTHON="./python")
+    assert result.stdout.split() == [str(copy), str(python)], result.stderr
 
 
 def test_setup_names_what_is_missing(copy):
@@ -97,17 +110,12 @@ def test_setup_names_what_is_missing(copy):
     assert files(copy) == before
 
 
-def test_setup_says_when_the_python_does_not_run(copy):
-    result = bash(SOURCE.format(""), copy, L2S_PYTHON=str(copy / "no-python"))
-    assert result.returncode == 2
-    assert f"L2S_PYTHON={copy / 'no-python'} does not run" in result.stderr
-
-
-def test_setup_says_when_the_requirements_are_not_there(copy):
-    result = bash(SOURCE.format("requirement.txt"), copy, L2S_PYTHON=sys.executable)
-    assert result.returncode == 2
-    assert "requirement.txt" in result.stderr.splitlines()[-1]
-    assert "does not run" not in result.stderr
+@pytest.mark.parametrize("requirements, python, message", [
+    ("", "no/python", "L2S_PYTHON=no/python does not run"),
+    ("requirement.txt", sys.executable, "no such file: requirement.txt")])
+def test_setup_says_what_it_cannot_use(requirements, python, message, copy):
+    result = bash(SOURCE.format(requirements), copy, L2S_PYTHON=python)
+    assert result.returncode == 2 and message in result.stderr.splitlines()[-1]
 
 
 def fake_venv(copy: Path) -> Path:
@@ -127,11 +135,12 @@ def test_setup_installs_once_and_again_when_the_requirements_change(copy):
         assert result.returncode == 0, result.stderr
         lines = installs(asked)
         assert len(lines) == number and "pip install" in lines[0]
-        assert lines[0].endswith("-r requirements.txt")
+        assert lines[0].endswith(f"-r {copy}/requirements.txt")
     assert f"PYTHON={venv}/bin/python" in result.stdout and "installing" not in result.stdout
     with open(copy / "requirements.txt", "a") as file:
         file.write("another\n")
-    assert bash(SOURCE.format("requirements.txt"), copy, L2S_VENV=str(venv)).returncode == 0
+    result = bash("bash run_scripts/setup.sh", copy, L2S_VENV=str(venv))
+    assert result.returncode == 0 and f"source {venv}/bin/activate" in result.stdout
     assert len(installs(asked)) == 2
 
 
@@ -146,79 +155,52 @@ def test_an_installation_that_failed_is_tried_again(copy):
 # Every script
 
 
-@pytest.mark.parametrize("path", [*SCRIPTS, ROOT / ".ci" / "run"], **NAMES)
+@pytest.mark.parametrize("path", [*RUN_SCRIPTS.glob("*.sh"), *EXPERIMENTS, ROOT / ".ci" / "run"],
+                         **NAMES)
 def test_bash_can_read_it(path):
     result = subprocess.run(["bash", "-n", str(path)], capture_output=True, text=True)
     assert result.returncode == 0 and not result.stderr, result.stderr
 
 
-def joined_lines(path: Path) -> list[str]:
-    """The commands of a script: continued lines in one, comments and blank lines left out."""
-    text = path.read_text().replace("\\\n", " ")
-    return [line.strip() for line in text.splitlines()
-            if line.strip() and not line.strip().startswith("#")]
-
-
 def header(path: Path) -> list[str]:
     lines = path.read_text().splitlines()
-    number = next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))
-    return lines[:number]
+    return lines[:next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))]
 
 
-@pytest.mark.parametrize("path", RUNNABLE, **NAMES)
-def test_scripts_start_with_a_header_and_stop_at_errors(path):
+@pytest.mark.parametrize("path", EXPERIMENTS, **NAMES)
+def test_experiments_have_a_header_and_share_the_rest(path):
+    """What, table, GPUs, cost, expected accuracy and how it is started; then launch.sh and what
+    distinguishes the experiment. Nothing is installed."""
     first, *rest = header(path)
     assert first == "#!/usr/bin/env bash"
-    assert rest and len(rest[0].split()) > 4, "the second line says what it does"
-    assert any(f"bash run_scripts/{path.name}" in line for line in rest), "how it is started"
-    assert joined_lines(path)[0] == "set -euo pipefail"
+    assert len(rest[0].split()) > 4, "the second line says what it does"
+    text = "\n".join(rest)
+    for label in ("Table", "GPUs", "Cost", "Expected"):
+        assert re.search(rf"^# {label}: +\w", text, re.MULTILINE), label
+    assert f"bash {path.relative_to(ROOT)}" in text
+    code = path.read_text()[len("\n".join(header(path))):].strip()
+    assert code.removeprefix("GPUS=${GPUS:-1}\n").startswith(
+        'source "$(dirname "$0")/../launch.sh"\n')
+    assert not re.search(r"setup\.sh|\bpip\b|torch\.distributed|set -e", code)
+    if path.parent.name in ("teachers", "students"):
+        assert code.count("train ") == 1 and code.endswith('"$@"') and len(code.splitlines()) <= 9
 
 
-@pytest.mark.parametrize("name", SOURCED)
-def test_some_are_to_be_sourced(name):
-    path = ROOT / "run_scripts" / name
-    assert "set -euo pipefail" not in path.read_text() and "sourced" in header(path)[0]
-
-
-@pytest.mark.parametrize("path", RUNNABLE, **NAMES)
-def test_scripts_pass_their_words_on(path):
-    """What is added on the command line reaches every training, last, so that it wins."""
-    commands = [line for line in joined_lines(path) if TRAINING.search(line)]
-    for line in commands or joined_lines(path)[-1:]:
-        assert line.endswith('"$@"'), line
-
-
-@pytest.mark.parametrize("path", [path for path in RUNNABLE
-                                  if any(map(TRAINING.search, joined_lines(path)))], **NAMES)
-def test_training_scripts_set_up_and_take_paths_from_the_environment(path):
-    lines = joined_lines(path)
-    assert any("setup.sh" in line and line.startswith("source ") for line in lines)
-    starts = [line for line in lines if "train_kd.py" in line or "eval.py" in line]
-    launched = [line for line in starts if line.startswith("launch ")]
-    assert all("$PYTHON" in line for line in starts if line not in launched)
-    assert not launched or "source run_scripts/launch.sh" in lines
-    text = "\n".join(lines)
-    if "--data-path" in text:
-        (name,) = set(re.findall(r'--data-path "?\$\{?(\w+)', text))
-        assert re.search(rf"^{name}=\$\{{{name}:[?-]", text, re.MULTILINE), name
-
+# What the scripts train
 
 RECORDING = """#!/usr/bin/env bash
-# In place of Python: notes what would be trained; everything else is done.
-if [[ " $* " == *" train_kd.py "* ]]; then printf '%s\\n' "$*" >> "$ASKED"
-elif [[ " $* " == *" -m analysis."* ]]; then exit 0
-else exec "$REAL" "$@"; fi
+# In place of Python: notes what would be run; everything else is done.
+case " $* " in
+    */train_kd.py\\ * | */eval.py\\ * | *" -m analysis."*) printf '%s\\n' "$*" >> "$ASKED" ;;
+    *) exec "$REAL" "$@" ;;
+esac
 """
 
 
-def script(name: str) -> Path:
-    return ROOT / "run_scripts" / name
-
-
-def run_script(path: Path, folder: Path, *words: str, python: str = RECORDING, cwd: Path = ROOT,
+def run_script(path: Path, folder: Path, *words: str, python: str = RECORDING,
                **environment: str) -> tuple[subprocess.CompletedProcess, list[str]]:
-    """Run it with a fake Python and the weights that have no address; and what it started."""
-    assert path in EXPERIMENTS, "others start more than trainings, which alone are recorded"
+    """Run it in `folder` with a fake Python and the weights that have no address; and what it
+    started."""
     folder.mkdir(exist_ok=True)
     fake, asked, weights = folder / "python", folder / "asked", folder / "weights"
     fake.write_text(python)
@@ -227,10 +209,10 @@ def run_script(path: Path, folder: Path, *words: str, python: str = RECORDING, c
     weights.mkdir(exist_ok=True)
     for name in ("cswin_t", "convnext_t_22k", "vit_l"):
         (weights / f"{name}.pth").touch()
-    settings = {"L2S_PYTHON": str(fake), "ASKED": str(asked), "REAL": sys.executable,
-                "DATA": str(folder), "WEIGHTS": str(weights), "SEEDS": "0 1",
-                "STUDENT_WEIGHTS": str(folder / "pretrained.pth"), **environment}
-    result = bash(shlex.join(["bash", str(path), *words]), cwd, **settings)
+    settings = {"PYTHON": str(fake), "ASKED": str(asked), "REAL": sys.executable,
+                "DATA": str(folder), "WEIGHTS": "weights", "SEEDS": "0 1", "SETS": "sets",
+                "STUDENT_WEIGHTS": "pretrained.pth", "GPUS": "1", **environment}
+    result = bash(shlex.join(["bash", str(path), *words]), folder, **settings)
     return result, asked.read_text().splitlines()
 
 
@@ -240,21 +222,14 @@ def trainings(path: Path, folder: Path, *words: str, **environment: str
     result, lines = run_script(path, folder, *words, **environment)
     assert result.returncode == 0, result.stderr
     return [train_kd.build_parser().parse(shlex.split(line.partition("train_kd.py ")[2]))
-            for line in lines]
-
-
-ARGUMENTS = {"train_slak_t_120ep.sh": ["31"], "train_convnext_120ep.sh": ["t"]}
-EXPERIMENTS = [path for path in RUNNABLE if any(
-    TRAINING.search(line) and "eval.py" not in line for line in joined_lines(path))]
-ON_IMAGENET = [path for path in EXPERIMENTS if "recipes/imagenet.yaml" in path.read_text()]
+            for line in lines if "train_kd.py " in line]
 
 
 @pytest.fixture(scope="module")
 def started(tmp_path_factory):
     """path -> what the script trains with its defaults; each script runs once."""
     folder = tmp_path_factory.mktemp("scripts")
-    return functools.cache(lambda path: trainings(path, folder / path.stem,
-                                                  *ARGUMENTS.get(path.name, [])))
+    return functools.cache(lambda path: trainings(path, folder / path.stem))
 
 
 @functools.cache
@@ -273,12 +248,15 @@ def build_losses(teacher: tuple[str, ...], student: tuple[str, ...],
         create_losses([list(words) for words in losses], build(student).feature_info, teacher_info)
 
 
+def losses_of(run: argparse.Namespace) -> list[list[str]]:
+    return run.loss or [["ce" if run.teacher == ["none"] else "nkd"]]
+
+
 def check_that_it_can_be_built(run: argparse.Namespace) -> None:
-    losses = run.loss or [["ce" if run.teacher == ["none"] else "nkd"]]
-    build_losses(tuple(run.teacher), tuple(run.student), tuple(map(tuple, losses)))
+    build_losses(tuple(run.teacher), tuple(run.student), tuple(map(tuple, losses_of(run))))
 
 
-@pytest.mark.parametrize("path", EXPERIMENTS, **NAMES)
+@pytest.mark.parametrize("path", TRAININGS, **NAMES)
 def test_what_scripts_train_can_be_built(path, started):
     assert started(path)
     for run in started(path):
@@ -286,129 +264,103 @@ def test_what_scripts_train_can_be_built(path, started):
 
 
 @pytest.mark.parametrize("path", ON_IMAGENET, **NAMES)
-def test_the_effective_batch_can_be_reached(path, started):
-    """By a machine of 1, 2, 4 or 8 GPUs."""
-    for run in started(path):
+def test_headers_say_what_the_script_trains(path, started):
+    """The batch, which 1, 2, 4 or 8 GPUs can reach; the number of trainings; and no accuracy but
+    those that were published with weights or code."""
+    text, runs = "\n".join(header(path)), started(path)
+    for run in runs:
+        assert f"= {run.effective_batch}" in text
         for world_size in (1, 2, 4, 8):
             resolve_batch(run.batch_size, world_size, None, run.effective_batch, default=4096)
-
-
-@pytest.mark.parametrize("path", ON_IMAGENET, **NAMES)
-def test_headers_say_what_it_takes_and_what_is_known(path, started):
-    """Figures of accuracy are those that were published with weights or code."""
-    text = "\n".join(header(path))
-    for label in ("Paper table:", "Hardware:", "Cost:", "Expected:"):
-        assert re.search(rf"^# {label} ", text, re.MULTILINE), label
-    assert all(f"= {run.effective_batch}" in text for run in started(path))
+    number = re.search(r"(\d+)\s+(?:# )?trainings", text)
+    assert len(runs) == (int(number[1]) if number else 1)
     assert "not measured" in re.sub(r"\n#\s*", " ", text)
-    figures = {float(figure) for figure in re.findall(r"(\d\d\.\d) %", text)}
-    assert figures <= {82.5, 83.8, 84.0, 81.5, 81.6, 82.1, 83.1, 84.3}
+    published = {82.5, 83.8, 84.0, 81.5, 81.6, 82.1, 83.1, 84.3}
+    assert {float(value) for value in re.findall(r"(\d\d\.\d) %", text)} <= published
 
 
 def settings_of(run: argparse.Namespace) -> dict:
     """What a run that continues another must have in common with it."""
-    return {key: value for key, value in config.plain(run).items() if key not in FREE_ON_RESUME}
+    settings = {key: value for key, value in config.plain(run).items() if key not in FREE_ON_RESUME}
+    return {**settings, "loss": losses_of(run)}
 
 
-def settings_by_folder(paths: list[Path], started) -> list[tuple[str, dict]]:
-    """The run folder of every training and what would be trained there."""
-    found = []
-    for path in paths:
-        for run in started(path):
-            losses = run.loss or [["ce" if run.teacher == ["none"] else "nkd"]]
-            name = run_name(run.teacher, run.student, losses, run.epochs, run.seed, run.sparsity)
-            found.append((f"{run.output_dir}/{name}", {**settings_of(run), "loss": losses}))
-    return found
+def folder_of(run: argparse.Namespace) -> str:
+    name = run_name(run.teacher, run.student, losses_of(run), run.epochs, run.seed, run.sparsity)
+    return str(run.output_dir or f"runs/{name}")
 
 
-@pytest.mark.parametrize("path", EXPERIMENTS, **NAMES)
-def test_every_training_of_a_script_has_a_folder_of_its_own(path, started):
-    folders = [folder for folder, _ in settings_by_folder([path], started)]
-    assert len({*folders}) == len(folders)
-    assert all(folder.startswith("runs/") for folder in folders)
-
-
-def test_scripts_share_a_folder_for_the_same_training_only(started):
+def test_runs_share_a_folder_for_the_same_training_only(started):
     """A cell of two tables is trained once; the second script finds it complete."""
     seen, num_shared = {}, 0
-    for folder, settings in settings_by_folder(EXPERIMENTS, started):
-        num_shared += folder in seen
-        assert seen.setdefault(folder, settings) == settings, folder
+    for path in TRAININGS:
+        folders = [folder_of(run) for run in started(path)]
+        assert len({*folders}) == len(folders) and all(name.startswith("runs/") for name in folders)
+        for folder, run in zip(folders, started(path)):
+            num_shared += folder in seen
+            assert seen.setdefault(folder, settings_of(run)) == settings_of(run), folder
     assert num_shared >= 3
 
 
-# What the scripts train
+def slak(size: str, drop_path: float, *options: str) -> list[str]:
+    return [f"slak_{size}", f"drop_path={drop_path}", *options]
 
 
-@pytest.mark.parametrize("name, expected", [
-    ("train_slak_t_300ep.sh", (["slak_t", "drop_path=0.1"], 0.4, 2000, 0.5)),
-    ("train_slak_s_300ep.sh", (["slak_s", "drop_path=0.4"], 0.4, 100, 0.3)),
-    ("train_slak_b_300ep.sh", (["slak_b", "drop_path=0.5"], 0.4, 100, 0.3)),
-    ("train_convnext_t_300ep.sh", (["convnext_t", "drop_path=0.1"], 0.0, 100, 0.3)),
-    ("train_convnext_s_300ep.sh", (["convnext_s", "drop_path=0.4"], 0.0, 100, 0.3)),
-    ("train_convnext_b_300ep.sh", (["convnext_b", "drop_path=0.5"], 0.0, 100, 0.3))])
-def test_teachers_are_trained_with_the_published_settings(name, expected, started):
+SNIP = (0.4, "snip")
+DENSE = (0.0, "snip", 100, 0.3)  # the last three are defaults, without effect
+
+
+@pytest.mark.parametrize("name, student, sparse, batch_size", [
+    ("slak_t-300ep", slak("t", 0.1), (*SNIP, 2000, 0.5), 128),
+    ("slak_s-300ep", slak("s", 0.4), (*SNIP, 100, 0.3), 64),
+    ("slak_b-300ep", slak("b", 0.5), (*SNIP, 100, 0.3), 32),
+    ("slak_l-300ep", slak("l", 0.5), (0.5, "erk", 4000, 0.3), 32),
+    ("slak_t_31-120ep", slak("t", 0.1, "kernel_size=31,29,27,13,5"), (*SNIP, 2000, 0.5), 128),
+    ("slak_t_51-120ep", slak("t", 0.1, "kernel_size=51,49,47,13,5"), (*SNIP, 2000, 0.5), 128),
+    ("slak_t_61-120ep", slak("t", 0.1, "kernel_size=61,59,57,13,5"), (*SNIP, 2000, 0.5), 128),
+    *[(f"convnext_{size}-{epochs}ep", [f"convnext_{size}", f"drop_path={drop_path}"], DENSE, 128)
+      for size, drop_path in (("t", 0.1), ("s", 0.4), ("b", 0.5)) for epochs in (120, 300)]])
+def test_teachers_are_trained_with_the_published_settings(name, student, sparse, batch_size,
+                                                          started):
     (run,) = started(script(name))
-    assert (run.student, run.sparsity, run.prune_every, run.prune_rate) == expected
-    assert (run.epochs, run.effective_batch, run.lr, run.warmup_epochs) == (300, 4096, 4e-3, 20)
-    assert run.teacher == ["none"] and run.model_ema and run.sparse_init == "snip"
-    assert run.growth == "random" and run.weight_decay == 0.05
-
-
-def test_the_large_slak_has_the_settings_of_the_removed_script(started):
-    (run,) = started(script("train_slak_l_300ep.sh"))
-    assert run.student == ["slak_l", "drop_path=0.5"] and run.model_ema
-    assert (run.sparsity, run.sparse_init, run.prune_every) == (0.5, "erk", 4000)
-    assert (run.batch_size, run.effective_batch, run.epochs) == (32, 4096, 300)
-
-
-@pytest.mark.parametrize("name, word, student", [
-    ("train_slak_t_120ep.sh", "31", ["slak_t", "drop_path=0.1", "kernel_size=31,29,27,13,5"]),
-    ("train_slak_t_120ep.sh", "51", ["slak_t", "drop_path=0.1", "kernel_size=51,49,47,13,5"]),
-    ("train_slak_t_120ep.sh", "61", ["slak_t", "drop_path=0.1", "kernel_size=61,59,57,13,5"]),
-    ("train_convnext_120ep.sh", "t", ["convnext_t", "drop_path=0.1"]),
-    ("train_convnext_120ep.sh", "s", ["convnext_s", "drop_path=0.4"]),
-    ("train_convnext_120ep.sh", "b", ["convnext_b", "drop_path=0.5"])])
-def test_the_first_word_chooses_the_network(name, word, student, tmp_path):
-    (run,) = trainings(script(name), tmp_path, word, "--lr", "2e-3")
-    assert run.student == student and (run.epochs, run.effective_batch) == (120, 4096)
-    assert run.lr == 2e-3 and run.model_ema
-    assert (run.sparsity, run.prune_every) == ((0.4, 2000) if "slak" in name else (0.0, 100))
-
-
-@pytest.mark.parametrize("name, message", [("train_slak_t_120ep.sh", "31, 51 or 61"),
-                                           ("train_convnext_120ep.sh", "t, s or b")])
-def test_the_first_word_is_checked(name, message):
-    for wrong in ("", "41"):
-        result = bash(f"bash {script(name)} {wrong}", ROOT)
-        assert result.returncode == 2 and message in result.stderr
+    assert run.student == student and run.teacher == ["none"] and run.model_ema
+    assert (run.sparsity, run.sparse_init, run.prune_every, run.prune_rate) == sparse
+    assert run.growth == "random" and run.weight_decay == 0.05 and run.batch_size == batch_size
+    assert f"{run.epochs}ep" in name
+    assert (run.effective_batch, run.lr, run.warmup_epochs) == (4096, 4e-3, 20)
+    assert run.output_dir == Path("runs/teachers") / name
 
 
 NKD = [["nkd", "temperature=1", "gamma=1"]]
 KD = [["kd", "temperature=3", "alpha=0.1"]]
 
 
-@pytest.mark.parametrize("name, expected", [
-    ("slak_t-convnext_t_bn-nkd-300ep.sh",
-     ("slak_t", ["convnext_t_bn", "drop_path=0.1"], NKD, 2048, 300)),
-    ("slak_s-convnext_s_bn-nkd-300ep.sh",
-     ("slak_s", ["convnext_s_bn", "drop_path=0.1"], NKD, 4096, 300)),
-    ("slak_t-resnet50-kd-120ep.sh", ("slak_t", ["resnet50"], KD, 1024, 120)),
-    ("slak_t-resnet50-nkd-120ep.sh", ("slak_t", ["resnet50"], [["nkd"]], 1024, 120)),
-    ("slak_t-mobilenetv3_l-kd-120ep.sh", ("slak_t", ["mobilenetv3_l"], KD, 1024, 120)),
-    ("slak_t-mobilenetv3_l-ce_fd-120ep.sh",
-     ("slak_t", ["mobilenetv3_l"], [["ce"], ["fd"]], 1024, 120)),
-    ("slak_t-convnextv2_t-nkd-300ep.sh",
-     ("slak_t", ["convnextv2_t", "drop_path=0.1"], NKD, 2048, 300)),
-    ("slak_s-convnextv2_s-nkd-300ep.sh",
-     ("slak_s", ["convnextv2_s", "drop_path=0.1"], NKD, 4096, 300))])
-def test_students_are_taught_with_the_published_settings(name, expected, started):
+@pytest.mark.parametrize("name, options, losses, effective_batch", [
+    ("slak_t-convnext_t_bn-nkd-300ep", ["drop_path=0.1"], NKD, 2048),
+    ("slak_s-convnext_s_bn-nkd-300ep", ["drop_path=0.1"], NKD, 4096),
+    ("slak_t-convnextv2_t-nkd-300ep", ["drop_path=0.1"], NKD, 2048),
+    ("slak_s-convnextv2_s-nkd-300ep", ["drop_path=0.1"], NKD, 4096),
+    ("slak_t-resnet50-kd-120ep", [], KD, 1024),
+    ("slak_t-resnet50-nkd-120ep", [], [["nkd"]], 1024),
+    ("slak_t-mobilenetv3_l-kd-120ep", [], KD, 1024),
+    ("slak_t-mobilenetv3_l-ce_fd-120ep", [], [["ce"], ["fd"]], 1024)])
+def test_students_are_taught_with_the_published_settings(name, options, losses, effective_batch,
+                                                         started):
     (run,) = started(script(name))
-    assert ([run.teacher], run.student, run.loss, run.effective_batch, run.epochs) == (
-        [[expected[0]]], *expected[1:])
+    teacher, student, _, epochs = name.split("-")
+    assert (run.teacher, run.student) == ([teacher], [student, *options])
+    assert (run.loss, run.effective_batch) == (losses, effective_batch)
+    assert f"{run.epochs}ep" == epochs and run.output_dir is None
     assert (run.batch_size, run.lr, run.min_lr, run.warmup_epochs) == (64, 4e-3, 1e-6, 20)
     assert run.weight_decay == 0.05 and not run.model_ema and run.sparsity == 0
     assert run.teacher_weights == "published"
+
+
+def test_fine_tuning_starts_from_the_given_weights(started):
+    (run,) = started(script("slak_t-convnext_t_22k-nkd-30ep"))
+    assert run.student_weights == "pretrained.pth" and run.student[0] == "convnext_t"
+    assert (run.lr, run.epochs, run.warmup_epochs, run.effective_batch) == (5e-5, 30, 0, 512)
+    assert (run.layer_decay, run.mixup, run.cutmix, run.weight_decay) == (0.8, 0, 0, 1e-8)
 
 
 # Loops
@@ -426,17 +378,16 @@ def cells(runs: list[argparse.Namespace]) -> list[tuple[str, str, str]]:
 
 
 @pytest.mark.parametrize("name, teachers, students, losses", [
-    ("all_teachers-120ep.sh", SIX, TWO, ["kd temperature=3 alpha=0.1", "nkd", "ce + fd"]),
-    ("all_teachers-combined-120ep.sh", SIX, TWO[1:],
-     ["kd temperature=3 alpha=0.1 + fd", "nkd + fd"]),
-    ("kernel_sizes-120ep.sh", FOUR, TWO, ["nkd", "ce + fd"]),
-    ("strong_teachers-120ep.sh", ["resnet50d", "efficientnet_b3", "vit_b", "convnext_t"], TWO,
+    ("all_teachers-120ep", SIX, TWO, ["kd temperature=3 alpha=0.1", "nkd", "ce + fd"]),
+    ("combined_losses-120ep", SIX, TWO[1:], ["kd temperature=3 alpha=0.1 + fd", "nkd + fd"]),
+    ("kernel_sizes-120ep", FOUR, TWO, ["nkd", "ce + fd"]),
+    ("strong_teachers-120ep", ["resnet50d", "efficientnet_b3", "vit_b", "convnext_t"], TWO,
      ["kd temperature=3 alpha=0.1", "nkd", "ce + fd"]),
-    ("temperatures-120ep.sh", ["slak_t"], ["resnet50"],
+    ("temperatures-120ep", ["slak_t"], ["resnet50"],
      ["kd hard=true", *[f"kd temperature={temperature} alpha={alpha}"
                         for temperature in (1, 3, 20) for alpha in (0.1, 0.9)]]),
-    ("supervised-120ep.sh", ["none"], [*TWO, "mobilenetv3_l"], ["ce"]),
-    ("supervised-300ep.sh", ["none"],
+    ("supervised-120ep", ["none"], [*TWO, "mobilenetv3_l"], ["ce"]),
+    ("supervised-300ep", ["none"],
      [f"{name} drop_path=0.1" for name in ("convnext_t_bn", "convnext_s_bn", "convnextv2_t",
                                            "convnextv2_s")], ["ce"])])
 def test_loops_train_every_cell(name, teachers, students, losses, started):
@@ -445,8 +396,6 @@ def test_loops_train_every_cell(name, teachers, students, losses, started):
                                  for student in students for loss in losses)
     (epochs,) = {run.epochs for run in runs}
     assert f"{epochs}ep" in name and not any(run.model_ema or run.sparsity for run in runs)
-    number = re.search(r"(\d+) trainings", "\n".join(header(script(name))))
-    assert int(number[1]) == len(runs)
 
 
 def recipe(run: argparse.Namespace) -> dict:
@@ -458,89 +407,92 @@ def recipe(run: argparse.Namespace) -> dict:
 def test_every_gain_has_its_baseline(started):
     """The supervised run with the same student and recipe as each distilled one."""
     alone = [recipe(run) for epochs in (120, 300)
-             for run in started(script(f"supervised-{epochs}ep.sh"))]
+             for run in started(script(f"supervised-{epochs}ep"))]
     distilled = [run for path in ON_IMAGENET for run in started(path)
-                 if run.teacher != ["none"] and "finetune" not in path.name]
+                 if run.teacher != ["none"] and "_22k-nkd" not in path.name]
     assert len(distilled) > 90
     assert all(recipe(run) in alone for run in distilled)
 
 
 def test_cells_are_chosen_in_the_environment(tmp_path):
-    path = script("all_teachers-120ep.sh")
-    runs = trainings(path, tmp_path, "--epochs", "90", TEACHERS="deit_s slak_b",
+    runs = trainings(script("all_teachers-120ep"), tmp_path, "--epochs", "90",
+                     TEACHERS="deit_s slak_b",
                      STUDENTS="convnext_t:drop_path=0.2:dims=8,16,32,64 resnet18",
                      LOSSES="nkd:gamma=1.5+fd:weight=3e-5:features=-1")
     assert cells(runs) == sorted((teacher, student, "nkd gamma=1.5 + fd weight=3e-5 features=-1")
                                  for teacher in ("deit_s", "slak_b") for student in
                                  ("resnet18", "convnext_t drop_path=0.2 dims=8,16,32,64"))
     assert {run.epochs for run in runs} == {90}
-    (run, *_) = runs
-    check_that_it_can_be_built(run)
-    runs = trainings(script("strong_teachers-120ep.sh"), tmp_path, TEACHERS="vit_l", LOSSES="ce+fd")
-    assert {run.teacher_weights for run in runs} == {str(tmp_path / "weights" / "vit_l.pth")}
+    check_that_it_can_be_built(runs[0])
+    runs = trainings(script("strong_teachers-120ep"), tmp_path, TEACHERS="vit_l", LOSSES="ce+fd")
+    assert {run.teacher_weights for run in runs} == {"weights/vit_l.pth"}
     assert build(tuple(runs[0].teacher)).num_parameters > 300e6
     check_that_it_can_be_built(runs[0])
+    runs = trainings(script("supervised-300ep"), tmp_path, TINY="resnet18", SMALL="")
+    assert [run.student for run in runs] == [["resnet18"]]
 
 
 def test_weights_come_from_a_folder_or_are_published(tmp_path):
     (tmp_path / "weights").mkdir()
-    (tmp_path / "weights" / "swin_t.pth").touch()
-    (tmp_path / "weights" / "slak_t_31_120ep.pth").touch()
-    result, lines = run_script(script("all_teachers-120ep.sh"), tmp_path, cwd=tmp_path,
-                               WEIGHTS="weights", TEACHERS="swin_t deit_s", LOSSES="nkd",
-                               STUDENTS="resnet50")
-    assert result.returncode == 0, result.stderr
-    assert [re.search(r"--teacher-weights (\S+)", line)[1] for line in lines] == [
-        str(tmp_path / "weights" / "swin_t.pth"), "published"]
-    runs = trainings(script("kernel_sizes-120ep.sh"), tmp_path, LOSSES="nkd", STUDENTS="resnet50")
+    for name in ("swin_t", "slak_t_31_120ep"):
+        (tmp_path / "weights" / f"{name}.pth").touch()
+    runs = trainings(script("all_teachers-120ep"), tmp_path, TEACHERS="swin_t deit_s",
+                     LOSSES="nkd", STUDENTS="resnet50")
+    assert [run.teacher_weights for run in runs] == ["weights/swin_t.pth", "published"]
+    runs = trainings(script("kernel_sizes-120ep"), tmp_path, LOSSES="nkd", STUDENTS="resnet50")
     sources = [run.teacher_weights for run in runs]
-    assert sources[:2] == ["published", str(tmp_path / "weights" / "slak_t_31_120ep.pth")]
+    assert sources[:2] == ["published", "weights/slak_t_31_120ep.pth"]
     assert [source.split("/")[-2:] for source in sources[2:]] == [
         ["WiQYWNclJ9bW5XV", "download"], ["VpR1te71NmVImJb", "download"]]
 
 
 @pytest.mark.parametrize("name, environment, message", [
-    ("all_teachers-120ep.sh", {"WEIGHTS": ""}, "a folder that holds cswin_t.pth"),
-    ("all_teachers-combined-120ep.sh", {"WEIGHTS": ""}, "a folder that holds cswin_t.pth"),
-    ("strong_teachers-120ep.sh", {"WEIGHTS": ""}, "a folder that holds convnext_t_22k.pth"),
-    ("all_teachers-120ep.sh", {"WEIGHTS": "/no/such"}, "WEIGHTS=/no/such is no folder"),
-    ("slak_t-convnext_t-nkd-finetune.sh", {"STUDENT_WEIGHTS": ""}, "set STUDENT_WEIGHTS"),
-    ("kernel_sizes-120ep.sh", {"TEACHERS": "41"}, "no such kernel: '41'"),
-    ("ablate_slak_t_kernels_120ep.sh", {"KERNELS": "41"}, "no such kernel"),
-    ("ablate_slak_t_kernels_120ep.sh", {"STEPS": "x"}, "no such step: 'x'"),
-    ("ablate_slak_t_sparsity_120ep.sh", {"AXES": "x"}, "no such axis: 'x'"),
-    ("slak_t-resnet50-nkd-120ep.sh", {"NNODES": "2"}, "set HOST"),
-    ("slak_t-resnet50-nkd-120ep.sh", {"DATA": ""}, "set DATA")])
+    ("all_teachers-120ep", {"WEIGHTS": ""}, "a folder that holds cswin_t.pth"),
+    ("combined_losses-120ep", {"WEIGHTS": ""}, "a folder that holds cswin_t.pth"),
+    ("strong_teachers-120ep", {"WEIGHTS": ""}, "a folder that holds convnext_t_22k.pth"),
+    ("all_teachers-120ep", {"WEIGHTS": "/no/such"}, "WEIGHTS=/no/such is no folder"),
+    ("slak_t-convnext_t_22k-nkd-30ep", {"STUDENT_WEIGHTS": ""}, "set STUDENT_WEIGHTS to a file"),
+    ("slak_t_kernels-120ep", {"KERNELS": "41"}, "no such kernel: '41'"),
+    ("slak_t_kernels-120ep", {"STEPS": "x"}, "no such step: 'x'"),
+    ("slak_t_sparsity-120ep", {"AXES": "x"}, "no such axis: 'x'"),
+    ("slak_t-resnet50-nkd-120ep", {"NNODES": "2"}, "set HOST to the name of the first"),
+    ("slak_t-resnet50-nkd-120ep", {"DATA": ""}, "set DATA to the folder"),
+    ("robustness", {"SETS": ""}, "set SETS to a folder"),
+    ("receptive_fields", {"DATA": ""}, "set DATA to the folder"),
+    ("slak_t-resnet50-nkd-120ep", {"PYTHON": "no-python"}, "PYTHON=no-python does not run")])
 def test_what_is_missing_is_said_before_anything_is_trained(name, environment, message, tmp_path):
     result, lines = run_script(script(name), tmp_path, **environment)
-    assert result.returncode != 0 and message in result.stderr and not lines
+    assert result.returncode == 2 and not lines
+    (sentence,) = result.stderr.splitlines()
+    assert sentence.startswith(f"{name}.sh: ") and message in sentence
+
+
+def test_missing_packages_are_named_and_nothing_is_installed(copy):
+    (copy / "requirements.txt").write_text("numpy\nno-such-package\n")
+    before = files(copy)
+    result = bash("bash run_scripts/teachers/slak_t-300ep.sh", copy, PYTHON=sys.executable,
+                  DATA=".")
+    assert result.returncode == 2 and "lacks: no-such-package. Install" in result.stderr
+    assert files(copy) == before
 
 
 def test_a_teacher_without_a_file_can_be_left_out(tmp_path):
-    name = "all_teachers-120ep.sh"
-    result, _ = run_script(script(name), tmp_path, WEIGHTS="", TEACHERS="slak_t cswin_t swin_t")
+    path = script("all_teachers-120ep")
+    result, _ = run_script(path, tmp_path, WEIGHTS="", TEACHERS="slak_t cswin_t swin_t")
     (advice,) = re.findall(r'TEACHERS="(.*)"', result.stderr)
-    assert advice.split() == ["slak_t", "swin_t"]
-    assert trainings(script(name), tmp_path, WEIGHTS="", TEACHERS=advice)
-
-
-def test_fine_tuning_starts_from_the_given_weights(started):
-    (run,) = started(script("slak_t-convnext_t-nkd-finetune.sh"))
-    assert Path(run.student_weights).name == "pretrained.pth" and run.student[0] == "convnext_t"
-    assert (run.lr, run.epochs, run.warmup_epochs, run.effective_batch) == (5e-5, 30, 0, 512)
-    assert (run.layer_decay, run.mixup, run.cutmix, run.weight_decay) == (0.8, 0, 0, 1e-8)
+    assert advice == "slak_t swin_t"
+    assert trainings(path, tmp_path, WEIGHTS="", TEACHERS=advice)
 
 
 # Ablations of the sparse teacher
 
 
 def test_the_steps_to_large_kernels(started):
-    runs = started(script("ablate_slak_t_kernels_120ep.sh"))
-    assert len(runs) == 20
+    runs = started(script("slak_t_kernels-120ep"))
     for run in runs:
         assert run.teacher == ["none"] and run.model_ema
-        assert (run.epochs, run.effective_batch, run.prune_rate) == (120, 4096, run.sparsity and
-                                                                     0.5 or 0.3)
+        assert (run.epochs, run.effective_batch) == (120, 4096)
+        assert run.prune_rate == (0.5 if run.sparsity else 0.3)
     at_51 = [run for run in runs if "kernel_size=51" in " ".join(run.student)]
     sizes = [build(tuple(run.student)).num_parameters for run in at_51]
     assert [run.sparsity for run in at_51] == [0, 0, 0, 0.4, 0.4]
@@ -549,50 +501,95 @@ def test_the_steps_to_large_kernels(started):
 
 
 def test_one_axis_of_sparsity_changes_at_a_time(started):
-    base, *others = runs = started(script("ablate_slak_t_sparsity_120ep.sh"))
-    assert len(runs) == 20
+    base, *others = started(script("slak_t_sparsity-120ep"))
     assert (base.sparsity, base.prune_every, base.prune_rate, base.growth) == (0.4, 2000, 0.5,
                                                                                "random")
-    changed = []
+    changed = set()
     for run in others:
         axes = [name for name in ("sparsity", "sparse_init", "sparse_layers", "growth")
                 if getattr(run, name) != getattr(base, name)]
-        moves = [(run.prune_every, run.prune_rate) != (base.prune_every, base.prune_rate)]
+        if (run.prune_every, run.prune_rate) != (base.prune_every, base.prune_rate):
+            axes.append("moves")
         assert run.student[:2] == base.student
-        changed.append((*axes, *["moves"] * any(moves),
-                        *[word.partition("=")[0] for word in run.student[2:]]))
-    assert {*changed} == {("sparsity", "width_factor"), ("kernel_size",), ("moves",), ("bn",),
-                          ("sparse_layers",), ("sparse_init",), ("growth",)}
+        changed.add((*axes, *[word.partition("=")[0] for word in run.student[2:]]))
+    assert changed == {("sparsity", "width_factor"), ("kernel_size",), ("moves",), ("bn",),
+                       ("sparse_layers",), ("sparse_init",), ("growth",)}
 
 
 def test_narrow_and_wide_networks_have_as_many_live_weights(started):
-    runs = [run for run in started(script("ablate_slak_t_sparsity_120ep.sh"))
-            if run.output_dir.name != "width-1.3-0"]
     live = {run.output_dir.name: (1 - run.sparsity) * build(tuple(run.student)).num_parameters
-            for run in runs if run.output_dir.name.startswith(("width", "base"))}
+            for run in started(script("slak_t_sparsity-120ep"))
+            if run.output_dir.name.startswith(("width", "base"))}
+    del live["width-1.3-0"]
     assert len(live) == 5
     assert all(number == pytest.approx(live["base"], rel=0.015) for number in live.values())
+
+
+# Small studies and evaluations
+
+
+def test_a_dry_run_passes_through_and_measures_nothing(tmp_path):
+    """It needs no weights of a teacher that it has not trained."""
+    result, lines = run_script(script("imagenette128_erf"), tmp_path, "--dry-run")
+    assert result.returncode == 0, result.stderr
+    assert len(lines) == 2 + 3 + 6 and all(line.endswith("--dry-run") for line in lines)
+    sources = {word for line in lines for word in re.findall(r"--teacher-weights (\S+)", line)}
+    assert sources == {"random"}
+
+
+def test_the_study_measures_what_it_trained(tmp_path):
+    result, lines = run_script(script("imagenette128_erf"), tmp_path)
+    assert result.returncode == 0, result.stderr
+    made = {re.search(r"--output-dir (\S+)", line)[1] for line in lines if "train_kd.py" in line}
+    assert len(made) == 2 + 3 + 6
+    measured = [line for line in lines if "analysis." in line and "analysis.report" not in line]
+    assert [line.split()[1] for line in measured] == [
+        "analysis.erf", *["analysis.similarity"] * 3, "analysis.curves"]
+    used = [*re.findall(r"(\S+)/checkpoint-last\.pth", " ".join(measured[:4])),
+            *re.findall(r"runs/imagenette128/\S+", measured[4])]
+    assert {*used} == made
+
+
+@pytest.mark.parametrize("name, parser, number", [
+    ("robustness", evaluation.build_parser, 3 * 6), ("receptive_fields", erf_parser, 1)])
+def test_what_scripts_evaluate(name, parser, number, tmp_path):
+    """Their words are known to the program, their data sets and models exist."""
+    result, lines = run_script(script(name), tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert len({*lines}) == number
+    for line in lines:
+        run = parser().parse(shlex.split(re.split(r"eval\.py |analysis\.erf ", line)[1]))
+        models = run.model if isinstance(run.model[0], list) else [run.model]
+        assert all(published_source(model[0]) for model in models)
+        if name == "robustness":
+            assert run.data_set[0] in DATASETS.names()
+            assert run.data_path == f"sets/{run.data_set[0]}"
 
 
 # The launcher
 
 
-def launcher_words(line: str) -> list[str]:
-    return line.partition(" train_kd.py ")[0].split()
+def test_one_process_is_plain_python_several_are_torchrun(tmp_path):
+    path, program = script("temperatures-120ep"), str(ROOT / "train_kd.py")
+    _, lines = run_script(path, tmp_path)
+    assert {line.split()[0] for line in lines} == {program} and len(lines) == 7
+    _, lines = run_script(path, tmp_path, GPUS="3")
+    assert {tuple(line.split()[:5]) for line in lines} == {
+        ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", program)}
 
 
-def test_one_machine_needs_no_rendezvous(tmp_path):
-    _, lines = run_script(script("temperatures-120ep.sh"), tmp_path, GPUS="3")
-    assert {*map(tuple, map(launcher_words, lines))} == {
-        ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3")}
+@pytest.mark.parametrize("visible, number", [("0,1,3", 3), ("2", 1), ("", 1)])
+def test_processes_are_as_many_as_gpus(visible, number, tmp_path):
+    _, (line,) = run_script(script("slak_t-300ep"), tmp_path, GPUS="", CUDA_VISIBLE_DEVICES=visible)
+    assert (f"--nproc_per_node={number}" in line) == (number > 1)
 
 
 def test_several_machines_meet_at_the_first(tmp_path):
     """A port for each training, the same on all machines."""
-    _, lines = run_script(script("temperatures-120ep.sh"), tmp_path, NNODES="2", HOST="node1",
-                          RUN_ID="7")
+    _, lines = run_script(script("temperatures-120ep"), tmp_path, NNODES="2", HOST="node1",
+                          RUN_ID="7", GPUS="8")
     for number, line in enumerate(lines):
-        words = launcher_words(line)
+        words = line.partition("train_kd.py ")[0].split()
         assert "--standalone" not in words
         assert {"--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=node1:{29500 + number}",
                 "--rdzv-id=7", "--nproc_per_node=8"} < {*words}
@@ -601,12 +598,12 @@ def test_several_machines_meet_at_the_first(tmp_path):
 
 def test_a_training_that_fails_ends_the_loop(tmp_path):
     failing = RECORDING.replace('>> "$ASKED"', '>> "$ASKED"; exit 3', 1)
-    result, lines = run_script(script("temperatures-120ep.sh"), tmp_path, python=failing)
+    result, lines = run_script(script("temperatures-120ep"), tmp_path, python=failing)
     assert result.returncode == 3 and len(lines) == 1
 
 
 SAVING = """#!/usr/bin/env bash
-if [[ " $* " == *" train_kd.py "* ]]; then
+if [[ " $* " == *"/train_kd.py "* ]]; then
     trap 'echo saved >> "$ASKED"; exit 0' TERM
     echo started >> "$ASKED"
     for _ in {1..300}; do sleep 0.1; done
@@ -621,11 +618,11 @@ def test_a_signal_reaches_the_training_and_ends_the_loop(number, tmp_path):
     python.write_text(SAVING)
     python.chmod(0o755)
     process = subprocess.Popen(
-        ["bash", str(script("temperatures-120ep.sh"))], cwd=ROOT, stderr=subprocess.PIPE,
+        ["bash", str(script("temperatures-120ep"))], cwd=ROOT, stderr=subprocess.PIPE,
         # Where the tests run in the background Ctrl-C is ignored, and bash cannot trap it.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        env={"PATH": os.environ["PATH"], "L2S_PYTHON": str(python), "DATA": str(tmp_path),
-             "ASKED": str(asked), "REAL": sys.executable})
+        env={"PATH": os.environ["PATH"], "PYTHON": str(python), "DATA": str(tmp_path),
+             "ASKED": str(asked), "REAL": sys.executable, "GPUS": "1"})
     deadline = time.monotonic() + 30
     while not (asked.exists() and asked.read_text()) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -635,56 +632,16 @@ def test_a_signal_reaches_the_training_and_ends_the_loop(number, tmp_path):
     assert asked.read_text().split() == ["started", "saved"]
 
 
-RECORDING_ALL = """#!/usr/bin/env bash
-case " $* " in *" eval.py "* | *" -m analysis.erf "*) printf '%s\\n' "$*" >> "$ASKED" ;;
-*) exec "$REAL" "$@" ;; esac
-"""
-
-
-@pytest.mark.parametrize("name, parser, number", [
-    ("robustness.sh", evaluation.build_parser, 3 * 6), ("receptive_fields.sh", erf_parser, 1)])
-def test_what_scripts_evaluate(name, parser, number, tmp_path):
-    """Their words are known to the program, their data sets and models exist."""
-    fake, asked = tmp_path / "python", tmp_path / "asked"
-    fake.write_text(RECORDING_ALL)
-    fake.chmod(0o755)
-    result = bash(shlex.join(["bash", str(script(name))]), ROOT, L2S_PYTHON=str(fake),
-                  ASKED=str(asked), REAL=sys.executable, DATA=str(tmp_path), SETS=str(tmp_path))
-    assert result.returncode == 0, result.stderr
-    lines = asked.read_text().splitlines()
-    assert len({*lines}) == number
-    for line in lines:
-        words = shlex.split(line)
-        run = parser().parse(words[1 + max(words.index(word) for word in (
-            "eval.py", "analysis.erf") if word in words):])
-        models = run.model if isinstance(run.model[0], list) else [run.model]
-        assert all(published_source(model[0]) for model in models)
-        if name == "robustness.sh":
-            assert run.data_set[0] in DATASETS.names()
-            assert run.data_path == str(tmp_path / run.data_set[0])
-
-
-def test_the_checks_can_fail(tmp_path):
-    path = tmp_path / "x.sh"
-    path.write_text("#!/bin/sh\ntrain_kd.py \\\n  --epochs 3 # not passed on\n")
-    assert header(path) == ["#!/bin/sh"]
-    assert joined_lines(path) == ["train_kd.py    --epochs 3 # not passed on"]
-    with pytest.raises(AssertionError):
-        test_scripts_pass_their_words_on(path)
-    path.write_text("if true; then\n")
-    with pytest.raises(AssertionError):
-        test_bash_can_read_it(path)
-
-
 def test_the_quickstart_ends_with_its_table(tmp_path):
     """The whole script, on a few images."""
-    command = ("bash run_scripts/quickstart.sh --data-set outlines train_size=128 val_size=20 "
+    command = (f"bash {RUN_SCRIPTS}/quickstart.sh --data-set outlines train_size=128 val_size=20 "
                "--num-workers 0")
-    result = bash(command, ROOT, L2S_PYTHON=sys.executable, RUNS=str(tmp_path / "runs"),
-                  EPOCHS="2", OMP_NUM_THREADS="1")
+    result = bash(command, tmp_path, timeout=240, L2S_PYTHON=sys.executable, EPOCHS="2",
+                  OMP_NUM_THREADS="1")
     assert result.returncode == 0, result.stderr[-2000:]
     table = result.stdout[result.stdout.index("| teacher"):].splitlines()
     assert [row.split(" | ")[:3:2] for row in table[2:5]] == [
         ["| none", "convnext_bn_pico"], ["| none", "slak_pico"],
         ["| slak_pico", "convnext_bn_pico"]]
-    assert f"Run folders: {tmp_path / 'runs'}/" in table
+    assert "Run folders: runs/quickstart/" in table
+    assert len([*(tmp_path / "runs" / "quickstart").iterdir()]) == 3

@@ -117,7 +117,8 @@ def test_the_console_shows_an_epoch_in_one_line(tmp_path, capsys):
     out = capsys.readouterr().out
     assert len(re.findall(
         r"^epoch [12]/2  loss \d+\.\d{3}  top-1 [\d.]+ \(best [\d.]+\)  top-1 of the average "
-        r"[\d.]+ \(best [\d.]+\)  agreement [\d.]+  lr \d\.\de-\d\d  [\d,]+ images/s  eta \d+:\d\d$",
+        r"[\d.]+ \(best [\d.]+\)  agreement [\d.]+  lr \d\.\de-\d\d  [\d,]+ images/s  "
+        r"eta \d+:\d\d$",
         out, flags=re.MULTILINE)) == 2
     assert re.search(r"^done: top-1 [\d.]+ %, best [\d.]+ %; everything is in ", out, re.MULTILINE)
 

@@ -37,9 +37,10 @@ class Parser(argparse.ArgumentParser):
         recipe: dict[str, Any] = {}
         if "config" in given:
             try:
-                # The command line may hold what the parser requires; its own values win below.
+                # The command line may hold what the parser requires, and comes first, for a flag
+                # with many values would take its positionals; its own values win below.
                 words = self._recipe_words(given["config"])
-                recipe = self._values([*words, *map(_dashed, argv)], defaults)
+                recipe = self._values([*map(_dashed, argv), *words], defaults)
             except UserError as error:
                 raise UserError(f"--config {given['config']}: {error}") from None
         args = argparse.Namespace(**{**defaults, **recipe, **given})
@@ -124,7 +125,7 @@ def _dashed(word: str) -> str:
 
 def at_least(limit: int | float) -> Callable[[str], int | float]:
     """Finite numbers of `limit` or more."""
-    return _number(limit, lambda value: limit <= value < math.inf, f"at least {limit:g}")
+    return _number(limit, lambda value: limit <= value < math.inf, f"at least {limit:g}, finite")
 
 
 def between(low: int | float, high: int | float) -> Callable[[str], int | float]:
@@ -173,11 +174,11 @@ def program(name: str, build_parser: Callable[[], Parser]
             except RuntimeError as error:
                 if not distributed.is_lost_peer(error):
                     raise
-                message, code = "error: another process ended; its own message says why.", 2
+                message, code = distributed.LOST_PEER, 2
             else:
                 distributed.shutdown()
                 return code
-            if distributed.is_first_to_tell(message):
+            if distributed.should_print(message):
                 many = int(os.environ.get("WORLD_SIZE", 1)) > 1
                 who = f"{name} (process {os.environ['RANK']})" if many else name
                 print(f"{who}: {message}", file=sys.stderr, flush=True)

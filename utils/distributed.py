@@ -51,16 +51,23 @@ def parallelize(module: nn.Module, device: torch.device) -> nn.Module:
     return DistributedDataParallel(module, device_ids=device_ids, gradient_as_bucket_view=True)
 
 
-def is_first_to_tell(message: str) -> bool:
-    """Whether no other process of torchrun's has told this yet: one mistake is one sentence.
-    torchrun's store answers, which outlives its processes; without it every process tells."""
+LOST_PEER = "error: another process ended; its own message says why."
+
+
+def should_print(message: str) -> bool:
+    """Whether this process is to print an error: none of torchrun's printed the same before, and,
+    for LOST_PEER, none printed any. One mistake is one sentence. torchrun's store answers, which
+    outlives its processes; without it every process prints."""
     if (int(os.environ.get("WORLD_SIZE", 1)) == 1
             or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"):
         return True
     try:
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
                               is_master=False, timeout=timedelta(seconds=10))
-        return store.add(f"told/{message}", 1) == 1
+        if message == LOST_PEER and store.add("printed", 0):
+            return False
+        store.add("printed", 1)
+        return store.add(f"printed/{message}", 1) == 1
     except (KeyError, ValueError, RuntimeError):
         return True
 

@@ -61,26 +61,28 @@ class Meter:
     """Means of scalars over an epoch, their sums kept on the device until asked for."""
 
     def __init__(self) -> None:
-        # float64: a resume must not change an epoch's mean.
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, Tensor] = {}
-        self.failed_at: dict[str, Tensor] = {}  # first update with a NaN or infinity, else inf
+        # Vectors by the names that were added together: sums, counts, and the first update with a
+        # NaN or infinity (else inf). One vector instead of many scalars: a GPU is launched to less.
+        self.groups: dict[tuple[str, ...], tuple[Tensor, Tensor, Tensor]] = {}
+        self.restored: dict[str, tuple[float, float]] = {}  # sum and count, until added to
 
     def add(self, values: dict[str, Tensor], step: int) -> None:
         """Count a value each. One that is not finite is left out, and its step is remembered."""
-        for name, value in values.items():
-            value = value.detach()
-            value = value.float() if value.device.type == "mps" else value.double()  # MPS has none
-            is_finite = value.isfinite()
-            self.sums[name] = self.sums.get(name, 0) + torch.where(is_finite, value, 0)
-            self.counts[name] = self.counts.get(name, 0) + is_finite.double()
-            failed_at = torch.where(is_finite, math.inf, float(step))
-            self.failed_at[name] = torch.minimum(self.failed_at.get(name, failed_at), failed_at)
+        new = torch.stack([value.detach() for value in values.values()]).to(sum_dtype(values))
+        is_finite = new.isfinite()
+        failed_at = torch.where(is_finite, math.inf, float(step))
+        names = tuple(values)
+        if names not in self.groups:
+            before = new.new_tensor([self.restored.pop(name, (0.0, 0.0)) for name in names])
+            self.groups[names] = (before[:, 0], before[:, 1], torch.full_like(new, math.inf))
+        sums, counts, failures = self.groups[names]
+        self.groups[names] = (sums + torch.where(is_finite, new, 0), counts + is_finite.to(new),
+                              torch.minimum(failures, failed_at))
 
     def failures(self) -> list[tuple[float, str]]:
         """First step and name of whatever was not finite, on any process, the earliest first."""
-        local = [(step.item(), name) for name, step in self.failed_at.items()
-                 if math.isfinite(step.item())]
+        local = [(step, name) for names, (_, _, steps) in self.groups.items()
+                 for name, step in zip(names, steps.tolist()) if math.isfinite(step)]
         if not sum_over_ranks(torch.tensor([float(len(local))])).item():
             return []
         everywhere = [failure for share in gather_objects(local) for failure in share]
@@ -89,23 +91,35 @@ class Meter:
     def means(self) -> dict[str, float]:
         """Averages of the finite values of the epoch so far and all processes; NaN where there
         were none. Waits for the device."""
-        sums, counts = self._global(self.sums), self._global(self.counts)
+        state = self.state_dict()
+        sums, counts = state["sums"], state["counts"]
         return {name: sums[name] / counts[name] if counts[name] else math.nan for name in sums}
 
-    def _global(self, values: dict[str, Tensor]) -> dict[str, float]:
-        """Averaged over the processes; called by all of them."""
-        if not values:
-            return {}
-        stacked = torch.stack([value.cpu() for value in values.values()])
-        return dict(zip(values, (sum_over_ranks(stacked) / world_size()).tolist()))
-
     def state_dict(self) -> dict[str, dict[str, float]]:
-        return {"sums": self._global(self.sums), "counts": self._global(self.counts)}
+        """Sums and counts by name, averaged over the processes; called by all of them."""
+        names = [*self.restored, *(name for group in self.groups for name in group)]
+        if not names:
+            return {"sums": {}, "counts": {}}
+        result = {}
+        for i, key in enumerate(("sums", "counts")):
+            parts = [group[i].cpu() for group in self.groups.values()]
+            before = torch.tensor([pair[i] for pair in self.restored.values()],
+                                  dtype=parts[0].dtype if parts else torch.float64)
+            values = sum_over_ranks(torch.cat([before, *parts])) / world_size()
+            result[key] = dict(zip(names, values.tolist()))
+        return result
 
-    def load_state_dict(self, state: dict[str, dict[str, float]], device: torch.device) -> None:
-        for name in ("sums", "counts"):
-            setattr(self, name, {key: torch.tensor(value, dtype=torch.float64, device=device)
-                                 for key, value in state[name].items()})
+    def load_state_dict(self, state: dict[str, dict[str, float]]) -> None:
+        self.groups = {}
+        self.restored = {name: (total, state["counts"][name])
+                         for name, total in state["sums"].items()}
+
+
+def sum_dtype(values: dict[str, Tensor]) -> torch.dtype:
+    """float64, so that a resume does not change an epoch's mean; float32 on Apple's MPS, which has
+    no other."""
+    device = next(iter(values.values())).device
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 class RunLog:

@@ -23,6 +23,7 @@ from torch import Tensor
 import engine
 import models
 from analysis.benchmark import common
+from models.large_kernel import dense
 from models.large_kernel.operator import (
     BACKENDS,
     CHOICES,
@@ -85,7 +86,7 @@ def passes(shape: Shape, batch_size: int, backend: str, *, device: torch.device,
     size = (batch_size, shape.channels, shape.height, shape.width)
     # Ours get the map as the networks give it, and gradients as their own outputs lie.
     layout = torch.contiguous_format if backend == PUBLISHED else torch.channels_last
-    of_outputs = BACKENDS[backend].memory_format if backend in BACKENDS else layout
+    of_outputs = BACKENDS[backend].branches_format if backend in BACKENDS else layout
     x = normal(*size).to(memory_format=layout).requires_grad_()
     kernels = [normal(shape.channels, 1, *edges).requires_grad_() for edges in shape.kernels]
     bias, prepared = normal(shape.channels), Prepared()
@@ -157,7 +158,8 @@ def measure(shapes: Mapping[Shape, int], names: Sequence[str], *, batch_size: in
                 expected = found
             rows.append({
                 "stage": stage, "shape": str(shape), "blocks": blocks, "backend": name,
-                "auto": name == fastest(device, dtype, max(max(edges) for edges in shape.kernels)),
+                "auto": name == fastest(device, dtype, max(max(edges) for edges in shape.kernels),
+                                        shape.height * shape.width <= dense.LARGEST_MAP),
                 "error": largest_error(found, expected), "forward_macs": shape.macs(batch_size),
                 "backward_macs": (2 if only_sum else 3) * shape.macs(batch_size),
                 "bytes": 2 * batch_size * math.prod(shape[:3]) * dtype.itemsize})

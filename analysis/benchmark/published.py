@@ -44,6 +44,7 @@ def arranged(model: VisionModel) -> VisionModel:
     is; weights contiguous as (N, C, H, W)."""
     result = copy.deepcopy(model)
     if isinstance(model, SLaK):
+        result.width_multiple = 1
         for module in result.modules():
             # Only the methods change: weights, their names and their order stay.
             module.__class__ = PUBLISHED_CLASSES.get(type(module), type(module))

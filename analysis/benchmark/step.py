@@ -2,11 +2,12 @@
 
     python -m analysis.benchmark step                                  # SLaK-T -> ResNet-50, NKD
     python -m analysis.benchmark step --teacher none --student slak_t  # training of a SLaK
-    python -m analysis.benchmark step --amp bf16 --batch-size 128 --device cuda
+    python -m analysis.benchmark step --amp bf16 --batch-size 128 --compile teacher --against timm
 
 Both are the program's own step (engine.py) on the same images, from the bytes of a loader to the
 update of AdamW. "published" has contiguous maps; a SLaK in its authors' arrangement; and the
-teacher un-folded, its graph kept and back-propagated.
+teacher un-folded, its graph kept and back-propagated. "timm, supervised" is the step of the same
+student as timm builds it, without a teacher, by cross-entropy.
 """
 import argparse
 import dataclasses
@@ -16,7 +17,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import data
 import engine
@@ -24,7 +25,8 @@ import models
 from analysis.benchmark import common
 from analysis.benchmark.published import arranged, through_teacher
 from data.batch import Batch
-from models.distiller import FrozenTeacher
+from models import ModelOutput
+from models.distiller import FrozenTeacher, frozen_dtype
 from models.large_kernel import operator
 from utils.config import Parser, at_least, program
 from utils.log import Meter
@@ -33,6 +35,7 @@ from utils.registry import UserError, parse_spec
 PHASES = ("data", "teacher forward", "student forward", "backward", "optimizer")
 METRICS, METRICS_AT_A_TIME = "teacher metrics", 20  # too short to be timed alone
 COLUMNS = [("step", "step", ""), ("ms", "ms", ".1f"), ("ratio", "ratio", ".2f"),
+           ("time / timm's", "over_timm", ".2f"),
            ("images/s", "images_per_second", ".1f"), *common.RATE_COLUMNS,
            ("memory (GiB)", "memory_gib", ".2f"), *((name, name, ".1%") for name in PHASES)]
 
@@ -43,6 +46,32 @@ NOTES = (
     "Shares of time by phase: from steps of ours that wait for the device after each; data is the "
     "hand-over, normalising, erasing and mixing. Memory, on a GPU: what a step holds beyond the "
     "networks.")
+
+
+TIMM, TIMM_NAMES = "timm, supervised", {
+    "convnext_t": "convnext_tiny", "convnext_s": "convnext_small", "convnext_b": "convnext_base",
+    "resnet18": "resnet18", "resnet34": "resnet34", "resnet50": "resnet50",
+    "resnet101": "resnet101", "resnet50d": "resnet50d"}
+
+
+class TimmStudent(nn.Module):
+    """A network of timm as the step calls a student."""
+
+    feature_info = ()
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        try:
+            import timm
+        except ImportError:
+            raise UserError("--against timm needs the package timm: pip install timm.") from None
+        self.network = timm.create_model(TIMM_NAMES[name])
+
+    def forward_with_features(self, images: Tensor) -> ModelOutput:
+        return ModelOutput(self.network(images), [])
+
+    def no_weight_decay(self) -> set[str]:
+        return set()
 
 
 class Step(NamedTuple):
@@ -61,8 +90,8 @@ class Step(NamedTuple):
 
 def build_steps(student: models.VisionModel, teacher: models.VisionModel | None,
                 loss_specs: list[list[str]], batches: Iterator[Batch],
-                options: engine.StepOptions, *, has_published: bool,
-                backend: str) -> dict[str, Step]:
+                options: engine.StepOptions, *, has_published: bool, backend: str,
+                compiled: str, timm_name: str | None) -> dict[str, Step]:
     """The steps to compare; ours folds `teacher` and lets `backend` compute its large kernels."""
     mix = data.Mixup(student.num_classes)
     steps, kept, frozen = {}, None, None
@@ -75,9 +104,18 @@ def build_steps(student: models.VisionModel, teacher: models.VisionModel | None,
             state.wrapped = through_teacher(state.distiller)
         steps["published"] = Step(state, batches, kept, mix, theirs)
     if teacher is not None:
-        frozen = FrozenTeacher(teacher, student.input_mean, student.input_std).to(options.device)
+        frozen = FrozenTeacher(teacher, student.input_mean, student.input_std,
+                               dtype=frozen_dtype(options.amp_dtype, options.device))
+        frozen.to(options.device)
+        if compiled != "none":
+            frozen.compile()
+    if timm_name is not None:
+        state = common.random_state(TimmStudent(timm_name), None, [["ce"]], options)
+        steps[TIMM] = Step(state, batches, None, mix, options)
     state = common.random_state(student, frozen, loss_specs, options)
     operator.set_backend(backend, student, teacher)
+    if compiled == "all":
+        state.distiller.compile()
     return {**steps, "ours": Step(state, batches, frozen, mix, options)}
 
 
@@ -145,7 +183,9 @@ def time_steps(steps: dict[str, Step], repeats: int, dtype: torch.dtype
     actions = {**steps, "in phases": in_phases, **common.ceiling_actions(device, dtype)}
     if ours.teacher is not None:
         actions[METRICS] = metrics_action(ours)
-    seconds = common.time_interleaved(actions, repeats, device)
+    # On a GPU several steps in a row, as in training: the host then runs ahead of it.
+    shortest = 0.5 if device.type == "cuda" else 0
+    seconds = common.time_interleaved(actions, repeats, device, shortest)
     if METRICS in seconds:
         seconds[METRICS] = [value / METRICS_AT_A_TIME for value in seconds[METRICS]]
     memory = {name: common.memory_of(step, device) for name, step in steps.items()}
@@ -160,8 +200,10 @@ def rows_of(seconds: common.Seconds, memory: dict[str, float | None], *, images:
     for name in memory:
         shares = {phase: medians[phase] / whole if name == "ours" else None for phase in PHASES}
         ratio = medians["published"] / medians[name] if "published" in medians else None
+        over_timm = medians[name] / medians[TIMM] if TIMM in medians else None
         rows.append({"step": name, "seconds": medians[name], "ms": 1000 * medians[name],
-                     "ratio": ratio, "images_per_second": images / medians[name],
+                     "ratio": ratio, "over_timm": over_timm,
+                     "images_per_second": images / medians[name],
                      **common.rates(macs, medians[name], best), "memory_gib": memory[name],
                      **shares})
     return rows
@@ -199,6 +241,8 @@ def build_parser() -> Parser:
     flag("--accum-steps", type=at_least(1), default=1, help="batches of --batch-size per update")
     flag("--large-kernel", choices=operator.ACCEPTED, default="auto",
          help="what computes the large kernels of ours")
+    flag("--compile", choices=["none", "teacher", "all"], default="none", help="of ours")
+    flag("--against", choices=["timm"], help="measure timm's supervised step of the student, too")
     flag("--published", action=argparse.BooleanOptionalAction, default=True,
          help="measure the published arrangement, too")
     return parser
@@ -213,11 +257,16 @@ def main(args: argparse.Namespace) -> int:
     is_alone = args.teacher == ["none"]
     student_spec = args.student or ["slak_t" if is_alone else "resnet50"]
     loss_specs = args.loss or [["ce" if is_alone else "nkd"]]
+    timm_name = student_spec[0] if args.against else None
+    if timm_name is not None and (timm_name not in TIMM_NAMES or student_spec[1:]):
+        raise UserError(f"--against timm compares {', '.join(TIMM_NAMES)}, without options; got "
+                        f"{' '.join(student_spec)}.")
     student, teacher, macs = build_networks(args.teacher, student_spec, args.input_size)
     batches = common.random_batches(args.batch_size, args.input_size, student.num_classes, device)
     steps = build_steps(student, teacher, loss_specs, batches,
                         common.step_options(device, args.amp, args.accum_steps),
-                        has_published=args.published, backend=args.large_kernel)
+                        has_published=args.published, backend=args.large_kernel,
+                        compiled=args.compile, timm_name=timm_name)
     seconds, memory = time_steps(steps, args.repeats, dtype)
     best, images = common.ceilings(seconds, device, dtype), args.batch_size * args.accum_steps
     rows = rows_of(seconds, memory, images=images, macs=macs * images, best=best)
@@ -229,7 +278,8 @@ def main(args: argparse.Namespace) -> int:
     networks = nn.ModuleList([student] if teacher is None else [student, teacher])
     title = (f"Training step, {' '.join(args.teacher)} -> {' '.join(student_spec)}, "
              f"{', '.join(' '.join(spec) for spec in loss_specs)}, AdamW, {args.accum_steps} x "
-             f"{args.batch_size} images at {args.input_size} px, precision {args.amp}"
+             f"{args.batch_size} images at {args.input_size} px, precision {args.amp}, compiled: "
+             f"{args.compile}"
              f"{operator.describe_choice(networks, device, dtype)}")
     common.show(title, rows, COLUMNS, notes, {**best, "seconds": seconds}, repeats=args.repeats,
                 device=device, json_path=args.json)

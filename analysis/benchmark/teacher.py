@@ -1,11 +1,13 @@
 """Inference of a teacher: folded, channels-last and frozen, against its authors' arrangement.
 
     python -m analysis.benchmark teacher --models slak_t convnext_t resnet50 --batch-size 16
+    python -m analysis.benchmark teacher --amp bf16 --batch-size 128 --compile     # on a GPU
 
 "published" is the SLaK of its authors as it trains: un-folded, an nn.Conv2d per branch, maps
 contiguous, here without gradient history. Other networks are shown beside it.
 """
 import argparse
+import copy
 from collections.abc import Callable, Sequence
 from statistics import median
 
@@ -16,7 +18,7 @@ import engine
 import models
 from analysis.benchmark import common
 from analysis.benchmark.published import arranged
-from models.distiller import FrozenTeacher
+from models.distiller import FrozenTeacher, frozen_dtype
 from models.large_kernel.operator import ACCEPTED, describe_choice, set_backend
 from models.slak import SLaK
 from utils.config import Parser, program
@@ -46,12 +48,14 @@ def inference(network: nn.Module, images: Tensor, dtype: torch.dtype) -> Callabl
     def run() -> Tensor:
         with torch.no_grad(), torch.autocast(images.device.type, dtype=dtype,
                                              enabled=dtype != torch.float32):
+            if isinstance(network, FrozenTeacher):
+                return network.forward_with_features(images).logits  # as a step calls it
             return network(images)
     return run
 
 
 def measure(names: Sequence[str], precisions: Sequence[str], *, batch_size: int, input_size: int,
-            repeats: int, device: torch.device, backend: str
+            repeats: int, device: torch.device, backend: str, is_compiled: bool
             ) -> tuple[list[common.Row], dict[str, dict[str, float]], common.Seconds]:
     """A row per model, precision and arrangement; what the machine does at best by precision; and
     all seconds. Errors are those of the logits against the un-folded float32 network."""
@@ -67,13 +71,18 @@ def measure(names: Sequence[str], precisions: Sequence[str], *, batch_size: int,
         macs = batch_size * model.count_macs(size)
         plain = arranged(model).to(device)
         expected = inference(plain, images, torch.float32)().double()
-        networks = {"published": plain} if isinstance(model, SLaK) else {}
-        networks["ours"] = FrozenTeacher(model, model.input_mean, model.input_std).to(device)
-        if isinstance(model, SLaK):
-            set_backend(backend, networks["ours"])
         for precision, dtype in dtypes.items():
+            networks = {"published": plain} if isinstance(model, SLaK) else {}
+            networks["ours"] = FrozenTeacher(
+                copy.deepcopy(model), model.input_mean, model.input_std,
+                dtype=frozen_dtype(engine.AMP_DTYPES[precision], device)).to(device)
+            if isinstance(model, SLaK):
+                set_backend(backend, networks["ours"])
+            if is_compiled:
+                networks["ours, compiled"] = copy.deepcopy(networks["ours"])
+                networks["ours, compiled"].compile()
             for kind, network in networks.items():
-                layout = torch.channels_last if kind == "ours" else torch.contiguous_format
+                layout = torch.contiguous_format if kind == "published" else torch.channels_last
                 action = inference(network, images.to(memory_format=layout), dtype)
                 error = (action().double() - expected).abs().max() / expected.abs().max()
                 rows.append({
@@ -81,7 +90,8 @@ def measure(names: Sequence[str], precisions: Sequence[str], *, batch_size: int,
                     "shown": kind + describe_choice(network, device, dtype), "macs": macs,
                     "error": error.item(), "memory_gib": common.memory_of(action, device)})
                 actions[f"{precision}, {name}, {kind}"] = action
-    seconds = common.time_interleaved(actions, repeats, device)
+    shortest = 0.2 if device.type == "cuda" else 0  # in a row, so that the host runs ahead
+    seconds = common.time_interleaved(actions, repeats, device, shortest)
     best = {precision: common.ceilings(seconds, device, dtype, f"{precision}, ")
             for precision, dtype in dtypes.items()}
     for row in rows:
@@ -101,6 +111,7 @@ def build_parser() -> Parser:
     flag("--amp", nargs="+", choices=list(engine.AMP_DTYPES), default=["none", "bf16"],
          help="one or more precisions to compare")
     flag("--large-kernel", choices=ACCEPTED, default="auto", help="code for the large kernels")
+    flag("--compile", action="store_true", help="show ours compiled, too")
     return parser
 
 
@@ -110,7 +121,7 @@ def main(args: argparse.Namespace) -> int:
     rows, best, seconds = measure(
         list(dict.fromkeys(args.models)), list(dict.fromkeys(args.amp)),
         batch_size=args.batch_size, input_size=args.input_size, repeats=args.repeats,
-        device=device, backend=args.large_kernel)
+        device=device, backend=args.large_kernel, is_compiled=args.compile)
     notes = ["Ratio: published time / time, in the same precision. Error: largest over the "
              "largest logit, against the un-folded network in float32. Memory, on a GPU: what a "
              "pass holds beyond the networks."]

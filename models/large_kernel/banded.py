@@ -94,12 +94,12 @@ def kernel_gradient(x: Tensor, gradient: Tensor, size: tuple[int, int]) -> Tenso
 
 
 class Banded(Backend):
-    def prepare(self, kernels: Sequence[Tensor], height: int, width: int,
-                dtype: torch.dtype) -> list[Tensor]:
+    def matrices(self, x: Tensor, kernels: Sequence[Tensor]) -> list[Tensor]:
         """Per kernel the matrices (C, L, short * L), L the map's edge along the kernel's long one,
         `short` the kernel's other edge."""
-        return [toeplitz(kernel, height).to(dtype) if is_tall(kernel.shape[2:])
-                else toeplitz(kernel.transpose(2, 3), width).to(dtype) for kernel in kernels]
+        return [toeplitz(kernel, x.shape[2]).to(x.dtype) if is_tall(kernel.shape[2:])
+                else toeplitz(kernel.transpose(2, 3), x.shape[3]).to(x.dtype)
+                for kernel in kernels]
 
     def total(self, x: Tensor, kernels: Sequence[Tensor], prepared: Sequence[Tensor],
               bias: Tensor) -> Tensor:
@@ -107,20 +107,23 @@ class Banded(Backend):
         result += bias.view(-1, 1, 1)
         return result.contiguous(memory_format=torch.channels_last)
 
-    def outputs(self, x: Tensor, kernels: Sequence[Tensor]) -> list[Tensor]:
-        maps = convolve(x, kernels, self.prepare(kernels, *x.shape[2:], x.dtype))
+    def outputs(self, x: Tensor, kernels: Sequence[Tensor], matrices: Sequence[Tensor] = ()
+                ) -> list[Tensor]:
+        maps = convolve(x, kernels, matrices or self.matrices(x, kernels))
         return [y.contiguous(memory_format=torch.channels_last) for y in maps]
 
-    def input_gradient(self, gradients: Sequence[Tensor], kernels: Sequence[Tensor]) -> Tensor:
+    def input_gradient(self, gradients: Sequence[Tensor], kernels: Sequence[Tensor],
+                       matrices: Sequence[Tensor] = ()) -> Tensor:
         flipped = [kernel.flip(2, 3) for kernel in kernels]
-        matrices = self.prepare(flipped, *gradients[0].shape[2:], gradients[0].dtype)
+        matrices = self.matrices(gradients[0], flipped)
         result = sum(convolve(gradient, [kernel], [matrix])[0]
                      for gradient, kernel, matrix in zip(gradients, flipped, matrices))
         return result.contiguous(memory_format=torch.channels_last)
 
-    def kernel_gradients(self, x: Tensor, gradients: Sequence[Tensor],
-                         sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
-        return [kernel_gradient(x, gradient, size) for gradient, size in zip(gradients, sizes)]
+    def kernel_gradients(self, x: Tensor, gradients: Sequence[Tensor], kernels: Sequence[Tensor]
+                         ) -> list[Tensor]:
+        return [kernel_gradient(x, gradient, tuple(kernel.shape[2:]))
+                for gradient, kernel in zip(gradients, kernels)]
 
 
 BACKEND = Banded()

@@ -55,11 +55,13 @@ class Conv(Backend):
             result += convolve(x, kernel)
         return result
 
-    def outputs(self, x: Tensor, kernels: Sequence[Tensor]) -> list[Tensor]:
+    def outputs(self, x: Tensor, kernels: Sequence[Tensor], matrices: Sequence[Tensor] = ()
+                ) -> list[Tensor]:
         x = x.contiguous(memory_format=torch.channels_last)
         return [convolve(x, kernel) for kernel in kernels]
 
-    def input_gradient(self, gradients: Sequence[Tensor], kernels: Sequence[Tensor]) -> Tensor:
+    def input_gradient(self, gradients: Sequence[Tensor], kernels: Sequence[Tensor],
+                       matrices: Sequence[Tensor] = ()) -> Tensor:
         first, *others = [
             convolve(gradient.contiguous(memory_format=torch.channels_last), kernel.flip(2, 3))
             for gradient, kernel in zip(gradients, kernels)]
@@ -67,20 +69,21 @@ class Conv(Backend):
             first += other
         return first
 
-    def kernel_gradients(self, x: Tensor, gradients: Sequence[Tensor],
-                         sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    def kernel_gradients(self, x: Tensor, gradients: Sequence[Tensor], kernels: Sequence[Tensor]
+                         ) -> list[Tensor]:
         num_images, channels, height, width = x.shape
         if num_images == 0:
-            return [x.new_zeros(channels, 1, *size) for size in sizes]
+            return [x.new_zeros(kernel.shape) for kernel in kernels]
         maps = images_as_channels(x)
         is_large = x.dtype == torch.float32 and 64 * height * width > LARGE_MAP
         result = []
-        for gradient, size in zip(gradients, sizes):
+        for gradient, kernel in zip(gradients, kernels):
+            size = tuple(kernel.shape[2:])
             if is_large and max(size) > 2 * min(size):
                 result.append(banded.kernel_gradient(x, gradient, size))
                 continue
-            kernels = images_as_channels(gradient).transpose(0, 1)  # (N * C, 1, H, W)
-            per_image = conv2d(maps, kernels, (size[0] // 2, size[1] // 2))  # (1, N * C, kh, kw)
+            sliding = images_as_channels(gradient).transpose(0, 1)  # (N * C, 1, H, W)
+            per_image = conv2d(maps, sliding, (size[0] // 2, size[1] // 2))  # (1, N * C, kh, kw)
             per_image = per_image.view(num_images, channels, *size)
             result.append(per_image.sum(0, dtype=sum_dtype(x))[:, None])
         return result

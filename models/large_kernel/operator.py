@@ -6,6 +6,7 @@ kernels, e.g. SLaK's 51 x 5, 5 x 51 and 5 x 5 (Liu et al. 2023, arXiv 2207.03620
 
     conv     forward convolutions of PyTorch in channels-last memory, the gradients too (conv.py)
     banded   matrix products with the Toeplitz matrices of the kernels (banded.py)
+    dense    one matrix product per channel, for small maps (dense.py)
     triton   a fused CUDA kernel on matrix units (triton.py)
     torch    plain F.conv2d and its own gradient, in whatever layout the map has
 
@@ -16,12 +17,16 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from models.large_kernel import banded, conv, triton
+from models.fused import autocast_dtype
+from models.large_kernel import banded, conv, dense, triton
+from models.layers import pad_to
 from utils.log import print_once
 from utils.registry import UserError
 
-BACKENDS = {"conv": conv.BACKEND, "banded": banded.BACKEND, "triton": triton.BACKEND}
+BACKENDS = {"conv": conv.BACKEND, "banded": banded.BACKEND, "dense": dense.BACKEND,
+            "triton": triton.BACKEND}
 CHOICES = ("auto", *BACKENDS, "torch")
 OLD_NAMES = {"library": "torch"}
 ACCEPTED = (*CHOICES, *OLD_NAMES)  # by the flag --large-kernel
@@ -67,9 +72,11 @@ def describe_choice(network: nn.Module, device: torch.device, dtype: torch.dtype
     backend that cannot run there."""
     names = set()
     for module in large_kernel_modules(network):
-        name = choose(module.backend, device, dtype, module.kernels())
+        small, large = [choose(module.backend, device, dtype, module.kernels(), pixels)
+                        for pixels in (dense.LARGEST_MAP, None)]
         if longest_edge(module.kernels()) > LONGEST_ORDINARY:
-            names.add(name)
+            names.add(large if small == large else
+                      f"{large}, on maps of at most {dense.LARGEST_MAP} pixels by {small}")
     if not names:
         return ""
     text = f", large kernels by {' and '.join(sorted(names))}"
@@ -79,13 +86,15 @@ def describe_choice(network: nn.Module, device: torch.device, dtype: torch.dtype
 
 
 def choose(backend: str, device: torch.device, dtype: torch.dtype,
-           kernels: Sequence[Tensor]) -> str:
-    """The backend for a map of `dtype` on `device`: the one asked for, or for "auto" the one
-    expected to be fastest. Raises UserError for one that cannot run there."""
+           kernels: Sequence[Tensor], pixels: int | None = None) -> str:
+    """The backend for a map of `dtype` and so many pixels (None: many) on `device`: the one asked
+    for, or for "auto", and for "dense" on a large map, the one expected to be fastest. Raises
+    UserError for one that cannot run there."""
     if device.type == "meta":
         return "torch"
-    if backend == "auto":
-        return fastest(device, dtype, longest_edge(kernels))
+    is_small = pixels is not None and pixels <= dense.LARGEST_MAP
+    if backend == "auto" or (backend == "dense" and not is_small):
+        return fastest(device, dtype, longest_edge(kernels), is_small)
     if backend == "torch":
         return backend
     if backend not in BACKENDS:
@@ -96,12 +105,15 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype,
     return backend
 
 
-def fastest(device: torch.device, dtype: torch.dtype, edge: int) -> str:
+def fastest(device: torch.device, dtype: torch.dtype, edge: int, is_small: bool) -> str:
     """On a CPU `conv`: PyTorch's forward pass and by far the fastest gradients
-    (docs/performance.md). On a GPU matrix products. Elsewhere, and in float64, `torch`."""
+    (docs/performance.md). On a GPU matrix products, on small maps in half precision dense ones.
+    Elsewhere, and in float64, `torch`."""
     if device.type == "cpu" and dtype != torch.float64:
         return "conv"
     if device.type == "cuda" and edge >= LARGE_FOR_CUDNN and dtype != torch.float64:
+        if is_small and dtype != torch.float32:
+            return "dense"
         if dtype == torch.float32 or triton.BACKEND.why_not(device):
             return "banded"
         return "triton"
@@ -115,13 +127,23 @@ def longest_edge(kernels: Sequence[Tensor]) -> int:
 def depthwise(x: Tensor, kernels: Sequence[Tensor], backend: str = "auto") -> list[Tensor]:
     """The depthwise convolution of x (N, C, H, W) with each kernel (C, 1, kh, kw), odd edges, zeros
     around the map to keep its size; differentiable once in x and the kernels. Under autocast in
-    its dtype, as F.conv2d."""
-    x, kernels = autocast(x, kernels)
-    name = choose(backend, x.device, x.dtype, kernels)
+    its dtype, as F.conv2d. Kernels may have fewer channels; the map's others give zeros."""
+    x = x.to(autocast_dtype(x))
+    name = choose(backend, x.device, x.dtype, kernels, x.shape[2] * x.shape[3])
     if name == "torch":
+        kernels = [pad_to(kernel.to(x.dtype), x.shape[1]) for kernel in kernels]
         return [F.conv2d(x, kernel, padding=(kernel.shape[2] // 2, kernel.shape[3] // 2),
                          groups=x.shape[1]) for kernel in kernels]
-    return _branches(x, [cropped(kernel, *x.shape[2:]) for kernel in kernels], name)
+    if not BACKENDS[name].takes_any_kernel:
+        kernels = [fitted(kernel, x) for kernel in kernels]
+    if torch.compiler.is_compiling():
+        return _branches(x, list(kernels), name)
+    return list(Branches.apply(name, x, *kernels))
+
+
+def fitted(kernel: Tensor, x: Tensor) -> Tensor:
+    """In the dtype and with the channels of x, cut to what it reaches."""
+    return cropped(pad_to(kernel.to(x.dtype), x.shape[1]), *x.shape[2:])
 
 
 class Prepared:
@@ -141,11 +163,12 @@ class Prepared:
 
     def update(self, name: str, x: Tensor, kernels: Sequence[Tensor]) -> None:
         """Prepare for such a map unless that is done."""
-        key = (name, x.device, x.dtype, *x.shape[2:])
+        key = (name, x.device, x.dtype, *x.shape[1:])
         if key != self.key:
-            self.kernels = [cropped(kernel, *x.shape[2:]).to(x.dtype).contiguous()
-                            for kernel in kernels]
-            self.tensors = BACKENDS[name].prepare(self.kernels, *x.shape[2:], x.dtype)
+            self.kernels = list(kernels)
+            if not BACKENDS[name].takes_any_kernel:
+                self.kernels = [fitted(kernel, x).contiguous() for kernel in kernels]
+            self.tensors = BACKENDS[name].prepare(x, self.kernels)
             self.key = key
 
 
@@ -155,12 +178,14 @@ def depthwise_sum(x: Tensor, kernels: Sequence[Tensor], bias: Tensor, prepared: 
     `prepared`."""
     needs_gradient = torch.is_grad_enabled() and (
         any(value.requires_grad for value in (x, bias, *kernels)))
-    x, (bias,) = autocast(x, [bias])
-    name = choose(backend, x.device, x.dtype, kernels)
+    x = x.to(autocast_dtype(x))
+    bias = pad_to(bias.to(x.dtype), x.shape[1])
+    name = choose(backend, x.device, x.dtype, kernels, x.shape[2] * x.shape[3])
     if needs_gradient or name == "torch":
         return sum(depthwise(x, kernels, name)) + bias.view(-1, 1, 1)
     prepared.update(name, x, kernels)
-    return _total(x, prepared.kernels, prepared.tensors, bias, name)
+    total = _total if torch.compiler.is_compiling() else _total_eagerly
+    return total(x, prepared.kernels, prepared.tensors, bias, name)
 
 
 def cropped(kernel: Tensor, height: int, width: int) -> Tensor:
@@ -170,16 +195,33 @@ def cropped(kernel: Tensor, height: int, width: int) -> Tensor:
     return kernel[:, :, top:rows - top, left:columns - left]
 
 
-def autocast(x: Tensor, others: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """To the dtype of autocast where it is on, else the others to that of x."""
-    dtype = x.dtype
-    if (x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type)
-            and dtype != torch.float64):
-        dtype = torch.get_autocast_dtype(x.device.type)
-    return x.to(dtype), [other.to(dtype) for other in others]
+class Branches(torch.autograd.Function):
+    """The operator called eagerly: a tenth of the host's time of the compiled one's."""
+
+    @staticmethod
+    def forward(ctx, name: str, x: Tensor, *kernels: Tensor) -> tuple[Tensor, ...]:
+        backend = BACKENDS[name]
+        x, matrices = backend.arranged(x), backend.matrices(x, kernels)
+        ctx.name, ctx.num_kernels = name, len(kernels)
+        ctx.save_for_backward(x, *kernels, *(matrices if backend.keeps_matrices else ()))
+        return tuple(backend.outputs(x, kernels, matrices))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients: Tensor) -> tuple:
+        x, *kernels = ctx.saved_tensors
+        kernels, matrices = kernels[:ctx.num_kernels], kernels[ctx.num_kernels:]
+        of_x, found = BACKENDS[ctx.name].backward(
+            x, gradients, kernels, matrices, of_input=ctx.needs_input_grad[1],
+            of_kernels=any(ctx.needs_input_grad[2:]))
+        if found is None:
+            return None, of_x, *[None] * len(kernels)
+        return None, of_x, *[gradient.to(kernel.dtype).contiguous()
+                             for gradient, kernel in zip(found, kernels)]
 
 
-# Operators of PyTorch's own kind: opaque to torch.compile, which would otherwise trace into them.
+# The same as operators of PyTorch's own kind: opaque to torch.compile, which would otherwise trace
+# into them.
 
 @torch.library.custom_op("large_kernel::branches", mutates_args=(),
                          schema="(Tensor x, Tensor[] kernels, str name) -> Tensor[]")
@@ -189,7 +231,7 @@ def _branches(x: Tensor, kernels: Sequence[Tensor], name: str) -> list[Tensor]:
 
 @_branches.register_fake
 def _(x: Tensor, kernels: Sequence[Tensor], name: str) -> list[Tensor]:
-    return [_empty(x, name) for _ in kernels]
+    return [torch.empty_like(x, memory_format=BACKENDS[name].branches_format) for _ in kernels]
 
 
 @torch.library.custom_op(
@@ -198,13 +240,13 @@ def _(x: Tensor, kernels: Sequence[Tensor], name: str) -> list[Tensor]:
            "bool of_kernels) -> Tensor[]")
 def _branches_backward(x: Tensor, kernels: Sequence[Tensor], gradients: Sequence[Tensor],
                        name: str, of_input: bool, of_kernels: bool) -> list[Tensor]:
-    result = []
-    if of_input:
-        result.append(BACKENDS[name].input_gradient(gradients, kernels))
+    of_x, found = BACKENDS[name].backward(x, gradients, kernels, of_input=of_input,
+                                          of_kernels=of_kernels)
+    result = [of_x] if of_input else []
     if of_kernels:
-        sizes = [tuple(kernel.shape[2:]) for kernel in kernels]
-        for gradient in BACKENDS[name].kernel_gradients(x, gradients, sizes):
-            result.append(gradient.to(x.dtype).contiguous())
+        # Cloned: an operator's outputs may not share memory, and these are parts of one tensor.
+        result += [gradient.to(kernel.dtype).clone(memory_format=torch.contiguous_format)
+                   for gradient, kernel in zip(found, kernels)]
     return result
 
 
@@ -215,7 +257,8 @@ def _(x: Tensor, kernels: Sequence[Tensor], gradients: Sequence[Tensor], name: s
     if of_input:
         result.append(_empty(x, name))
     if of_kernels:
-        result += [x.new_empty(kernel.shape) for kernel in kernels]
+        result += [torch.empty_like(kernel, memory_format=torch.contiguous_format)
+                   for kernel in kernels]
     return result
 
 
@@ -235,12 +278,14 @@ def _backward(ctx, gradients: Sequence[Tensor]) -> tuple:
 _branches.register_autograd(_backward, setup_context=_keep)
 
 
-@torch.library.custom_op(
-    "large_kernel::total", mutates_args=(),
-    schema="(Tensor x, Tensor[] kernels, Tensor[] prepared, Tensor bias, str name) -> Tensor")
-def _total(x: Tensor, kernels: Sequence[Tensor], prepared: Sequence[Tensor], bias: Tensor,
-           name: str) -> Tensor:
+def _total_eagerly(x: Tensor, kernels: Sequence[Tensor], prepared: Sequence[Tensor], bias: Tensor,
+                   name: str) -> Tensor:
     return BACKENDS[name].total(x, kernels, prepared, bias)
+
+
+_total = torch.library.custom_op(
+    "large_kernel::total", _total_eagerly, mutates_args=(),
+    schema="(Tensor x, Tensor[] kernels, Tensor[] prepared, Tensor bias, str name) -> Tensor")
 
 
 @_total.register_fake

@@ -20,33 +20,34 @@ contiguous. Kernels may have any floating dtype; they are rounded to the map's.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import reduce
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import lru_cache, reduce
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from models.fused import jit, tl, triton
 from models.large_kernel.backend import Backend
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # optional; `why_not` says so to who asks
-    triton = None
+from models.large_kernel.layout import to_channels_last, to_contiguous
+from models.large_kernel.tables import Table, gather, gather_gradient, make_table, tap_numbers
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Columns of an accumulator: 64 x 128 float32 over 4 warps are 64 registers of a thread, which
 # leaves room for the operands and for several programs on one multiprocessor.
 COLUMNS = 128
-DEPTH = 64  # inner size of the products of kernel_gradients, as of the others on 56 x 56 maps
+DEPTH = 64  # inner size of the products of the kernels' gradients, as of the others on 56 x 56 maps
 # Bytes of shared memory: a stage holds 64 x 64 and 64 x 128 halves, 24 KiB; two stages in each of
 # four programs fill 192 of the 227 KiB of a Hopper multiprocessor.
 LAUNCH = dict(num_warps=4, num_stages=2)
-MIN_PROGRAMS = 1056  # 8 on each of 132 multiprocessors; below, kernel_gradients splits the images
+MIN_PROGRAMS = 1056  # 8 on each of 132 multiprocessors; below, product_kernel splits the images
 
-jit = triton.jit if triton else (lambda function: function)
+
+def jit_once_for(*names: str):
+    """`jit` without variants for values of these arguments that are 1 or that 16 divides."""
+    if triton is None:
+        return jit
+    return lambda function: triton.jit(function, do_not_specialize=names)
 
 
 # On the device. Tall and wide kernels differ only in TALL: which axis is the long one and which
@@ -93,14 +94,16 @@ def _place(H: tl.constexpr, W: tl.constexpr, TALL: tl.constexpr, BLOCK: tl.const
 @jit
 def _add_branch(acc, x, blocks, num_images, num_channels, H: tl.constexpr, W: tl.constexpr,
                 TALL: tl.constexpr, SHIFTS: tl.constexpr, OFFSETS: tl.constexpr,
+                START: tl.constexpr, PLACES: tl.constexpr, FLIP: tl.constexpr,
                 BLOCK: tl.constexpr, GROUP: tl.constexpr):
-    """acc[m, (image, short)] plus the branch's convolution of x at this program's tile."""
+    """acc[m, (image, short)] plus the branch's convolution of x at this program's tile, with the
+    kernel turned by 180 degrees if FLIP: its blocks are the same in reversed order, transposed."""
     LONG: tl.constexpr = H if TALL else W
     STRIDE: tl.constexpr = W if TALL else 1
     AWAY: tl.constexpr = OFFSETS // 2
     channel, along = tl.program_id(1), tl.arange(0, BLOCK)
     long_tile, image, short = _place(H, W, TALL, BLOCK, GROUP)
-    blocks += channel.to(tl.int64) * (OFFSETS * SHIFTS * BLOCK * BLOCK)
+    blocks += channel.to(tl.int64) * PLACES + START
     first = tl.maximum(AWAY - long_tile, 0)
     last = tl.minimum(AWAY + (LONG - 1) // BLOCK - long_tile, OFFSETS - 1)
     # One loop over tiles and shifts, not unrolled: it is pipelined like any matrix product.
@@ -110,7 +113,12 @@ def _add_branch(acc, x, blocks, num_images, num_channels, H: tl.constexpr, W: tl
         long = (long_tile + step // SHIFTS - AWAY) * BLOCK + along
         tile = tl.load(start[None, :] + (long * STRIDE)[:, None],
                        mask=(long < LONG)[:, None] & exists[None, :], other=0.0)
-        toeplitz = tl.load(blocks + step * BLOCK * BLOCK + along[:, None] * BLOCK + along[None, :])
+        if FLIP:
+            toeplitz = tl.load(blocks + (OFFSETS * SHIFTS - 1 - step) * BLOCK * BLOCK
+                               + along[None, :] * BLOCK + along[:, None])
+        else:
+            toeplitz = tl.load(blocks + step * BLOCK * BLOCK
+                               + along[:, None] * BLOCK + along[None, :])
         acc = _dot(toeplitz, tile, acc)
     return acc
 
@@ -142,44 +150,47 @@ def _end_branch(out, acc, num_images, num_channels, H: tl.constexpr, W: tl.const
     return acc
 
 
-@jit
-def sum_kernel(out0, out1, out2, x0, x1, x2, blocks0, blocks1, blocks2, bias, num_images,
-               num_channels, H: tl.constexpr, W: tl.constexpr, SEPARATE: tl.constexpr,
-               BIAS: tl.constexpr,
+@jit_once_for("num_images", "num_channels")
+def sum_kernel(out0, out1, out2, x0, x1, x2, blocks, bias, num_images, num_channels,
+               H: tl.constexpr, W: tl.constexpr, SEPARATE: tl.constexpr, BIAS: tl.constexpr,
+               FLIP: tl.constexpr, PLACES: tl.constexpr,
                TALL0: tl.constexpr, SHIFTS0: tl.constexpr, OFFSETS0: tl.constexpr,
+               START0: tl.constexpr,
                TALL1: tl.constexpr, SHIFTS1: tl.constexpr, OFFSETS1: tl.constexpr,
+               START1: tl.constexpr,
                TALL2: tl.constexpr, SHIFTS2: tl.constexpr, OFFSETS2: tl.constexpr,
+               START2: tl.constexpr,
                BLOCK: tl.constexpr, GROUP: tl.constexpr):
     """Up to three branches (no shifts: none) at one tile of one channel of GROUP images, summed in
     one accumulator, with the channel's bias if BIAS, or, if SEPARATE, each into a map of its
     own."""
     acc = tl.zeros((BLOCK, GROUP * BLOCK), tl.float32)
-    acc = _add_branch(acc, x0, blocks0, num_images, num_channels, H, W, TALL0, SHIFTS0, OFFSETS0,
-                      BLOCK, GROUP)
+    acc = _add_branch(acc, x0, blocks, num_images, num_channels, H, W, TALL0, SHIFTS0, OFFSETS0,
+                      START0, PLACES, FLIP, BLOCK, GROUP)
     out = out0
     if SHIFTS1 > 0:
         acc = _end_branch(out, acc, num_images, num_channels, H, W, SEPARATE, TALL0, TALL1,
                           BLOCK, GROUP)
-        acc = _add_branch(acc, x1, blocks1, num_images, num_channels, H, W, TALL1, SHIFTS1,
-                          OFFSETS1, BLOCK, GROUP)
+        acc = _add_branch(acc, x1, blocks, num_images, num_channels, H, W, TALL1, SHIFTS1,
+                          OFFSETS1, START1, PLACES, FLIP, BLOCK, GROUP)
         out = out1
     if SHIFTS2 > 0:
         acc = _end_branch(out, acc, num_images, num_channels, H, W, SEPARATE, TALL1, TALL2,
                           BLOCK, GROUP)
-        acc = _add_branch(acc, x2, blocks2, num_images, num_channels, H, W, TALL2, SHIFTS2,
-                          OFFSETS2, BLOCK, GROUP)
+        acc = _add_branch(acc, x2, blocks, num_images, num_channels, H, W, TALL2, SHIFTS2,
+                          OFFSETS2, START2, PLACES, FLIP, BLOCK, GROUP)
         out = out2
     if BIAS:
         acc += tl.load(bias + tl.program_id(1)).to(tl.float32)
     _store(out, acc, num_images, num_channels, H, W, TALL2, BLOCK, GROUP)
 
 
-@jit
+@jit_once_for("num_images", "num_channels", "images_per_program")
 def product_kernel(out, x, gradient, num_images, num_channels, images_per_program,
                    H: tl.constexpr, W: tl.constexpr, TALL: tl.constexpr, SHIFTS: tl.constexpr,
-                   OFFSETS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
-                   IMAGES: tl.constexpr):
-    """Gradients of Toeplitz blocks, out (splits, C, OFFSETS, SHIFTS, BLOCK, BLOCK): gradient[m, k]
+                   OFFSETS: tl.constexpr, START: tl.constexpr, PLACES: tl.constexpr,
+                   BLOCK: tl.constexpr, GROUP: tl.constexpr, IMAGES: tl.constexpr):
+    """Gradients of a branch's Toeplitz blocks in out (splits, C, PLACES): gradient[m, k]
     x[m', k moved by the shift] summed over k = (image, short); GROUP shifts in a program."""
     LONG: tl.constexpr = H if TALL else W
     STRIDE: tl.constexpr = W if TALL else 1
@@ -207,70 +218,33 @@ def product_kernel(out, x, gradient, num_images, num_channels, images_per_progra
         right = tl.load(start + long * STRIDE, mask=exists & (long >= 0) & (long < LONG),
                         other=0.0)
         acc = _dot(left, right, acc)
-    block = ((split.to(tl.int64) * num_channels + channel) * OFFSETS + offset) * SHIFTS + shift
-    tl.store(out + (block * BLOCK * BLOCK + across % BLOCK)[None, :] + (along * BLOCK)[:, None],
-             acc, mask=(shift < SHIFTS)[None, :])
+    out += (split.to(tl.int64) * num_channels + channel) * PLACES + START
+    block = (offset * SHIFTS + shift) * BLOCK * BLOCK + across % BLOCK
+    tl.store(out + block[None, :] + (along * BLOCK)[:, None], acc, mask=(shift < SHIFTS)[None, :])
 
 
-# Launches
+# On the host
 
 
-class Branch(NamedTuple):
-    """One kernel as matrices: (C, offsets, shifts, BLOCK, BLOCK) Toeplitz blocks, [m, m'] acting
-    on the element m' of the tile that lies `offset - offsets // 2` tiles further."""
+@dataclass(frozen=True)
+class Form:
+    """How a kernel acts as matrices: (OFFSETS, SHIFTS, BLOCK, BLOCK) Toeplitz blocks of a channel
+    from START on, [m, m'] acting on the element m' of the tile that lies `offset - offsets // 2`
+    tiles further, on a map moved by `shift - shifts // 2` along the short axis."""
 
     tall: bool
-    blocks: Tensor
+    offsets: int
+    shifts: int
+    start: int
 
 
-def three(values: Sequence) -> list:
-    """Up to three values, the last one repeated: Triton 3.2 takes no tuple of pointers."""
-    return [*values, *[values[-1]] * (3 - len(values))]
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What a call's sizes decide. The blocks of all its kernels are one tensor (C, PLACES)."""
 
-
-def launch_sum(xs: Sequence[Tensor], branches: Sequence[Branch], *, separate: bool = False,
-               bias: Tensor | None = None) -> list[Tensor]:
-    """Sum of the convolutions of xs[i] with branches[i] and of the bias (C,), one map (N, C, H, W),
-    or each convolution by itself, a map per branch. The maps are contiguous, three at most."""
-    num_images, num_channels, height, width = xs[0].shape
-    outs = [torch.empty_like(xs[0]) for _ in (branches if separate else branches[:1])]
-    blocks = [branch.blocks for branch in branches]
-    block = blocks[0].shape[-1]
-    forms = {}
-    for i, branch in enumerate(three(branches)):
-        offsets, shifts = branch.blocks.shape[1:3]
-        forms |= {f"TALL{i}": branch.tall, f"OFFSETS{i}": offsets,
-                  f"SHIFTS{i}": shifts if i < len(branches) else 0}
-    group = min(COLUMNS // block, triton.next_power_of_2(max(num_images, 1)))
-    tiles = triton.cdiv(height, block) * triton.cdiv(width, block)
-    with torch.cuda.device_of(xs[0]):
-        sum_kernel[(triton.cdiv(num_images, group) * tiles, num_channels)](
-            *three(outs), *three(xs), *three(blocks), blocks[0] if bias is None else bias,
-            num_images, num_channels, H=height, W=width, SEPARATE=separate,
-            BIAS=bias is not None, **forms, BLOCK=block, GROUP=group, **LAUNCH)
-    return outs
-
-
-def launch_product(x: Tensor, gradient: Tensor, tall: bool, form: tuple[int, int, int]) -> Tensor:
-    """Gradients (C, offsets, shifts, block, block) of a branch's Toeplitz blocks; `form` is
-    (offsets, shifts, block) and the maps are contiguous."""
-    num_images, num_channels, height, width = x.shape
-    offsets, shifts, block = form
-    group = min(COLUMNS // block, triton.next_power_of_2(shifts))
-    images = min(DEPTH // block, triton.next_power_of_2(max(num_images, 1)))
-    programs = offsets * triton.cdiv(shifts, group)
-    steps = triton.cdiv(num_images, images)
-    splits = max(1, min(MIN_PROGRAMS // (programs * num_channels), steps))
-    out = x.new_empty((splits, num_channels, offsets, shifts, block, block), dtype=torch.float32)
-    with torch.cuda.device_of(out):
-        product_kernel[(programs, num_channels, splits)](
-            out, x, gradient, num_images, num_channels, triton.cdiv(steps, splits) * images,
-            H=height, W=width, TALL=tall, SHIFTS=shifts, OFFSETS=offsets, BLOCK=block,
-            GROUP=group, IMAGES=images, **LAUNCH)
-    return out.sum(0)
-
-
-# Kernels as matrices
+    forms: tuple[Form, ...]
+    table: Table
+    block: int
 
 
 def block_size(height: int, width: int, dtype: torch.dtype) -> int:
@@ -280,96 +254,111 @@ def block_size(height: int, width: int, dtype: torch.dtype) -> int:
     return next(block for block in (16, 32, 64) if block >= min(max(height, width), largest))
 
 
-def geometry(size: tuple[int, int], height: int, width: int, block: int) -> tuple[bool, int, int]:
-    """Whether a kernel is tall, how many tiles it reaches to either side on such maps, and by how
-    much the line of differences m' - m + offset * block outgrows the kernel at either end
-    (negative where the kernel is the larger)."""
-    tall, reach = is_tall(size), max(size) // 2
-    tiles = -(-(height if tall else width) // block)
-    away = min(-(-reach // block), tiles - 1)
-    return tall, away, (away + 1) * block - 1 - reach
+@lru_cache(maxsize=256)
+def plan_of(sizes: tuple[tuple[int, int], ...], height: int, width: int, dtype: torch.dtype,
+            device: torch.device) -> Plan:
+    """For kernels of these sizes. Of each only what such a map reaches is given blocks."""
+    block = block_size(height, width, dtype)
+    here, forms, indices, start = torch.arange(block), [], [], 0
+    for number, (kh, kw) in enumerate(sizes):
+        rows, columns = min(kh, 2 * height - 1), min(kw, 2 * width - 1)
+        tall = rows > columns
+        reach, shifts = max(rows, columns) // 2, min(rows, columns)
+        tiles = -(-(height if tall else width) // block)
+        away = min(-(-reach // block), tiles - 1)
+        offsets = 2 * away + 1
+        # (offset, shift, m, m') -> position along the kernel's long axis, and across it
+        along = (here - here[:, None]) + (torch.arange(-away, away + 1) * block).view(-1, 1, 1, 1)
+        across = (torch.arange(shifts) - shifts // 2).view(-1, 1, 1)
+        along, across = torch.broadcast_tensors(along, across)
+        down, right = (along, across) if tall else (across, along)
+        index = tap_numbers(sizes, number, down + kh // 2, right + kw // 2)
+        forms.append(Form(tall, offsets, shifts, start))
+        indices.append(index.flatten())
+        start += index.numel()
+    return Plan(tuple(forms), make_table(sizes, torch.cat(indices), device), block)
 
 
-def is_tall(size: Sequence[int]) -> bool:
-    return size[0] > size[1]
+def plan_for(x: Tensor, kernels: Sequence[Tensor]) -> Plan:
+    sizes = tuple(tuple(kernel.shape[2:]) for kernel in kernels)
+    return plan_of(sizes, x.shape[2], x.shape[3], x.dtype, x.device)
 
 
-def in_middle(kernel: Tensor, size: tuple[int, int]) -> Tensor:
-    """The kernel zero-padded or cut down to this size around its centre."""
-    rows, columns = (size[0] - kernel.shape[2]) // 2, (size[1] - kernel.shape[3]) // 2
-    return F.pad(kernel, (columns, columns, rows, rows))
-
-
-def covering(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """Both edges of the smallest kernel that holds all these; tall if all are."""
-    return max(height for height, _ in sizes), max(width for _, width in sizes)
-
-
-def merged(kernels: Sequence[Tensor]) -> list[Tensor]:
-    """One or two kernels with the same sum of convolutions: that of the tall ones, of the others.
-    A 5x5 kernel is then free beside a 5x51 one."""
-    result = []
-    for tall in (True, False):
-        group = [kernel.float() for kernel in kernels if is_tall(kernel.shape[2:]) == tall]
-        if group:
-            size = covering([kernel.shape[2:] for kernel in group])
-            result.append(sum(in_middle(kernel, size) for kernel in group))
+@lru_cache(maxsize=256)
+def constants(forms: tuple[Form, ...]) -> dict[str, int]:
+    """Of up to three branches for sum_kernel, which takes the last one's form for those missing."""
+    result = {}
+    for i in range(3):
+        form = forms[min(i, len(forms) - 1)]
+        result |= {f"TALL{i}": form.tall, f"OFFSETS{i}": form.offsets, f"START{i}": form.start,
+                   f"SHIFTS{i}": form.shifts if i < len(forms) else 0}
     return result
 
 
-def as_branch(kernel: Tensor, height: int, width: int, dtype: torch.dtype) -> Branch:
-    block = block_size(height, width, dtype)
-    tall, away, margin = geometry(kernel.shape[2:], height, width, block)
-    lines = kernel[:, 0].transpose(1, 2) if tall else kernel[:, 0]  # (C, shifts, long edge)
-    # Window s of a line is row m = block - 1 - s % block of the tile at offset s // block - away.
-    windows = F.pad(lines.to(dtype), (margin, margin)).unfold(2, block, 1)
-    blocks = windows.unflatten(2, (2 * away + 1, block)).flip(3)
-    return Branch(tall, blocks.transpose(1, 2).contiguous())
+def three(values: Sequence) -> list:
+    """Up to three values, the last one repeated: Triton 3.2 takes no tuple of pointers."""
+    return [*values, *[values[-1]] * (3 - len(values))]
 
 
-def diagonals(blocks: Tensor, margin: int) -> Tensor:
-    """(C, shifts, long edge) sums over what `as_branch` makes of the same element of a kernel."""
-    block = blocks.shape[-1]
-    rows = blocks.permute(0, 2, 3, 1, 4).flatten(3).flip(2)  # (C, shifts, reversed m, (offset, m'))
-    # Padded by `block` and read in rows one shorter, row i lies i further right: diagonals align.
-    skewed = F.pad(rows, (0, block)).flatten(2)[..., :-block].unflatten(2, (block, -1))
-    return F.pad(skewed.sum(2), (-margin, -margin))
+def launch_sum(xs: Sequence[Tensor], plan: Plan, forms: tuple[Form, ...], blocks: Tensor, *,
+               separate: bool = False, flip: bool = False, bias: Tensor | None = None
+               ) -> list[Tensor]:
+    """Sum of the convolutions of xs[i] with the kernel of forms[i], turned by 180 degrees if
+    `flip`, and of the bias (C,), one map (N, C, H, W), or each convolution by itself, a map per
+    form. The maps are contiguous, three at most."""
+    num_images, num_channels, height, width = xs[0].shape
+    outs = [torch.empty_like(xs[0]) for _ in (forms if separate else forms[:1])]
+    group = min(COLUMNS // plan.block, triton.next_power_of_2(max(num_images, 1)))
+    tiles = triton.cdiv(height, plan.block) * triton.cdiv(width, plan.block)
+    with torch.cuda.device_of(xs[0]):
+        sum_kernel[(triton.cdiv(num_images, group) * tiles, num_channels)](
+            *three(outs), *three(xs), blocks, blocks if bias is None else bias,
+            num_images, num_channels, H=height, W=width, SEPARATE=separate,
+            BIAS=bias is not None, FLIP=flip, PLACES=blocks.shape[1], **constants(forms),
+            BLOCK=plan.block, GROUP=group, **LAUNCH)
+    return outs
 
 
-def kernel_gradient(x: Tensor, gradient: Tensor, size: tuple[int, int]) -> Tensor:
-    """Float32 (C, 1, *size) in one launch."""
-    check(gradient, [(x.shape[1], 1, *size)])
-    if gradient.shape != x.shape or gradient.dtype != x.dtype:
-        raise ValueError(f"expected gradients like the map, {tuple(x.shape)} in {x.dtype}; got "
-                         f"{tuple(gradient.shape)} in {gradient.dtype}.")
-    block = block_size(*x.shape[2:], x.dtype)
-    tall, away, margin = geometry(size, *x.shape[2:], block)
-    form = (2 * away + 1, min(size), block)
-    lines = diagonals(launch_product(x, gradient.contiguous(), tall, form), margin)
-    return (lines.transpose(1, 2) if tall else lines).unsqueeze(1)
+def launch_products(x: Tensor, gradients: Sequence[Tensor], plan: Plan) -> Tensor:
+    """Gradients (splits, C, PLACES) in float32 of the Toeplitz blocks, a launch for each kernel.
+    The maps are contiguous."""
+    num_images, num_channels, height, width = x.shape
+    block, num_places = plan.block, len(plan.table.index)
+    images = min(DEPTH // block, triton.next_power_of_2(max(num_images, 1)))
+    steps = triton.cdiv(num_images, images)
+    groups = [min(COLUMNS // block, triton.next_power_of_2(form.shifts)) for form in plan.forms]
+    programs = [form.offsets * triton.cdiv(form.shifts, group)
+                for form, group in zip(plan.forms, groups)]
+    splits = max(1, min(MIN_PROGRAMS // (min(programs) * num_channels), steps))
+    out = x.new_empty((splits, num_channels, num_places), dtype=torch.float32)
+    with torch.cuda.device_of(out):
+        for gradient, form, group, number in zip(gradients, plan.forms, groups, programs):
+            product_kernel[(number, num_channels, splits)](
+                out, x, gradient, num_images, num_channels, triton.cdiv(steps, splits) * images,
+                H=height, W=width, TALL=form.tall, SHIFTS=form.shifts, OFFSETS=form.offsets,
+                START=form.start, PLACES=num_places, BLOCK=block, GROUP=group, IMAGES=images,
+                **LAUNCH)
+    return out
 
 
-def check(x: Tensor, shapes: Sequence[tuple[int, ...]]) -> None:
-    """Raise ValueError unless kernels of these shapes can meet the map."""
+def check(x: Tensor, kernels: Sequence[Tensor]) -> None:
+    """Raise ValueError unless these kernels can meet the map."""
     if x.dim() != 4 or x.dtype not in DTYPES or x.shape[2] * x.shape[3] == 0:
         raise ValueError(f"expected a map (N, C, H, W) in float32, bfloat16 or float16, got "
                          f"{tuple(x.shape)} in {x.dtype}.")
-    for shape in shapes:
-        if len(shape) != 4 or shape[:2] != (x.shape[1], 1) or 0 in (shape[2] % 2, shape[3] % 2):
+    for kernel in kernels:
+        channels, one, height, width = kernel.shape
+        if channels > x.shape[1] or one != 1 or height % 2 == 0 or width % 2 == 0:
             raise ValueError(f"a map with {x.shape[1]} channels takes kernels ({x.shape[1]}, 1, "
-                             f"odd, odd), got {tuple(shape)}.")
-    if not shapes:
+                             f"odd, odd), got {tuple(kernel.shape)}.")
+    if not kernels:
         raise ValueError("expected at least one kernel, got none.")
 
 
-def check_pairs(gradients: Sequence[Tensor], kernels: Sequence) -> None:
-    if not gradients or len(gradients) != len(kernels):
-        raise ValueError(f"expected one gradient for each kernel, got {len(gradients)} gradients "
-                         f"for {len(kernels)} kernels.")
-
-
 class Triton(Backend):
-    memory_format = torch.contiguous_format
+    branches_format = torch.contiguous_format
+    takes_any_kernel = True
+    keeps_matrices = True
 
     def why_not(self, device: torch.device) -> str | None:
         if triton is None:
@@ -386,56 +375,65 @@ class Triton(Backend):
                     "bfloat16 matrix products need 8.0.")
         return None
 
-    def prepare(self, kernels: Sequence[Tensor], height: int, width: int,
-                dtype: torch.dtype) -> list[Tensor]:
-        """Toeplitz blocks of the tall kernels' sum and of the others'."""
-        return [as_branch(kernel, height, width, dtype).blocks for kernel in merged(kernels)]
+    def arranged(self, x: Tensor) -> Tensor:
+        return to_contiguous(x)
+
+    def matrices(self, x: Tensor, kernels: Sequence[Tensor]) -> list[Tensor]:
+        """The Toeplitz blocks of all kernels, (C, PLACES)."""
+        check(x, kernels)
+        return [gather(kernels, plan_for(x, kernels).table, x.shape[1], x.dtype)]
 
     def total(self, x: Tensor, kernels: Sequence[Tensor], prepared: Sequence[Tensor],
               bias: Tensor) -> Tensor:
-        """In one launch. Kernels of one orientation were added up before they meet the map."""
-        check(x, [kernel.shape for kernel in kernels])
-        talls = sorted({is_tall(kernel.shape[2:]) for kernel in kernels}, reverse=True)
-        branches = [Branch(tall, blocks) for tall, blocks in zip(talls, prepared)]
-        return launch_sum([x.contiguous()] * len(branches), branches, bias=bias)[0]
+        """In one launch for up to three kernels, and one for the layout."""
+        check(x, kernels)
+        plan, x, parts = plan_for(x, kernels), to_contiguous(x), []
+        for i in range(0, len(kernels), 3):
+            forms = plan.forms[i:i + 3]
+            parts += launch_sum([x] * len(forms), plan, forms, *prepared,
+                                bias=None if i else bias)
+        return to_channels_last(reduce(torch.add, parts))
 
-    def outputs(self, x: Tensor, kernels: Sequence[Tensor]) -> list[Tensor]:
-        """In one launch for three kernels."""
-        check(x, [kernel.shape for kernel in kernels])
-        branches = [as_branch(kernel, *x.shape[2:], x.dtype) for kernel in kernels]
-        x, result = x.contiguous(), []
-        for i in range(0, len(branches), 3):
-            part = branches[i:i + 3]
-            result += launch_sum([x] * len(part), part, separate=True)
+    def outputs(self, x: Tensor, kernels: Sequence[Tensor], matrices: Sequence[Tensor] = ()
+                ) -> list[Tensor]:
+        """In one launch for up to three kernels."""
+        matrices = matrices or self.matrices(x, kernels)
+        plan, x, result = plan_for(x, kernels), to_contiguous(x), []
+        for i in range(0, len(kernels), 3):
+            forms = plan.forms[i:i + 3]
+            result += launch_sum([x] * len(forms), plan, forms, *matrices, separate=True)
         return result
 
-    def input_gradient(self, gradients: Sequence[Tensor], kernels: Sequence[Tensor]) -> Tensor:
-        """One launch for up to three kernels. The same tensor given several times counts as one and
-        is read once."""
-        check_pairs(gradients, kernels)
-        maps, branches = [], []
-        for gradient in {id(g): g for g in gradients}.values():
-            check(gradient, [kernel.shape for kernel in kernels])
-            flipped = [k.flip(2, 3) for g, k in zip(gradients, kernels) if g is gradient]
-            found = [as_branch(kernel, *gradient.shape[2:], gradient.dtype)
-                     for kernel in merged(flipped)]
-            maps += [gradient.contiguous()] * len(found)
-            branches += found
-        parts = [launch_sum(maps[i:i + 3], branches[i:i + 3])[0] for i in range(0, len(maps), 3)]
-        return reduce(torch.add, parts)
+    def input_gradient(self, gradients: Sequence[Tensor], kernels: Sequence[Tensor],
+                       matrices: Sequence[Tensor] = ()) -> Tensor:
+        """In one launch for up to three kernels, and one for the layout."""
+        check_gradients(gradients[0], gradients, kernels)
+        matrices = matrices or self.matrices(gradients[0], kernels)
+        plan, parts = plan_for(gradients[0], kernels), []
+        gradients = [to_contiguous(gradient) for gradient in gradients]
+        for i in range(0, len(kernels), 3):
+            parts += launch_sum(gradients[i:i + 3], plan, plan.forms[i:i + 3], *matrices,
+                                flip=True)
+        return to_channels_last(reduce(torch.add, parts))
 
-    def kernel_gradients(self, x: Tensor, gradients: Sequence[Tensor],
-                         sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
-        """In float32. Kernels of one orientation with the same tensor as gradient share a launch:
-        the smaller's is the middle of the larger's."""
-        check_pairs(gradients, sizes)
-        x, whole = x.contiguous(), {}
-        keys = [(id(gradient), is_tall(size)) for gradient, size in zip(gradients, sizes)]
-        for key, gradient in zip(keys, gradients):
-            if key not in whole:
-                size = covering([size for other, size in zip(keys, sizes) if other == key])
-                whole[key] = kernel_gradient(x, gradient, size)
-        return [in_middle(whole[key], size).contiguous() for key, size in zip(keys, sizes)]
+    def kernel_gradients(self, x: Tensor, gradients: Sequence[Tensor], kernels: Sequence[Tensor]
+                         ) -> list[Tensor]:
+        """In float32, in one launch for each kernel and one for all."""
+        check_gradients(x, gradients, kernels)
+        plan, gradients = plan_for(x, kernels), [to_contiguous(g) for g in gradients]
+        products = launch_products(to_contiguous(x), gradients, plan)
+        return gather_gradient(products, plan.table, len(kernels[0]))
+
+
+def check_gradients(x: Tensor, gradients: Sequence[Tensor], kernels: Sequence[Tensor]) -> None:
+    check(x, kernels)
+    if len(gradients) != len(kernels):
+        raise ValueError(f"expected one gradient for each kernel, got {len(gradients)} gradients "
+                         f"for {len(kernels)} kernels.")
+    for gradient in gradients:
+        if gradient.shape != x.shape or gradient.dtype != x.dtype:
+            raise ValueError(f"expected gradients like the map, {tuple(x.shape)} in {x.dtype}; got "
+                             f"{tuple(gradient.shape)} in {gradient.dtype}.")
 
 
 BACKEND = Triton()
