@@ -581,7 +581,8 @@ def test_zeros_of_a_file_are_kept_with_weights_and_not_masked_anew(sparse_run, t
 
 @pytest.mark.parametrize("words, telling", [
     (["--growth", "gradient"], "--growth does nothing without --sparsity"),
-    (["--sparsity", "1.2"], "--sparsity must lie in"), (["--sparsity=-0.5"], "--sparsity must lie"),
+    (["--sparsity", "1.2"], "--sparsity must be in [0, 1)"),
+    (["--sparsity=-0.5"], "--sparsity must be in [0, 1), got -0.5"),
     (["--sparsity", "0.4", "--sparse-init", "erk_plus"], "erk_plus"),
     (["--sparsity", "0.4", "--prune-every=-1"], "--prune-every must be at least 0"),
     (["--sparsity", "0.4", "--prune-rate", "0"], "--prune-rate must lie in"),

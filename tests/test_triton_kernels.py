@@ -71,10 +71,13 @@ def comparisons(case, dtype: torch.dtype, device: str, channels_last: bool):
         yield from zip([f"kernel gradient {k}, {name}" for k in sizes], found, expected[1:])
 
 
-def failures(device: str) -> list[str]:
+def failures(device: str, has_all: bool) -> list[str]:
+    """Every case in every dtype if `has_all`, else one dtype each and the first case in all: the
+    interpreter takes seconds for a case."""
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills what empty returns with NaN
-    runs = [(case, dtype) for case in CASES for dtype in TOLERANCES] + [(BIG, torch.float16)]
+    runs = [(case, dtype) for i, case in enumerate(CASES) for j, dtype in enumerate(TOLERANCES)
+            if has_all or i == 0 or i % 3 == j] + [(BIG, torch.float16)]
     found, worst = [], dict.fromkeys(TOLERANCES, 0.0)
     for number, (case, dtype) in enumerate(runs):
         for what, got, expected in comparisons(case, dtype, device, number % 2 == 1):
@@ -89,9 +92,9 @@ def failures(device: str) -> list[str]:
     return found
 
 
-def run_script(device: str, **environment: str) -> str:
+def run_script(*arguments: str, **environment: str) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
-    run = subprocess.run([sys.executable, __file__, device], cwd=ROOT, env=environment, text=True,
+    run = subprocess.run([sys.executable, __file__, *arguments], cwd=ROOT, env=environment, text=True,
                          capture_output=True)
     if "only 0-dimensional arrays" in run.stderr:
         pytest.skip("the interpreter of this Triton does not know this NumPy")
@@ -109,10 +112,17 @@ def test_interpreted_kernels_equal_convolutions():
 
 
 @needs_triton
+@pytest.mark.slow
+def test_interpreted_kernels_equal_convolutions_in_every_dtype():
+    said = run_script("cpu", "all", TRITON_INTERPRET="1")
+    assert SUCCESS in said, said
+
+
+@needs_triton
 @pytest.mark.skipif(shutil.which("nvidia-smi") is None, reason="no GPU")
 def test_kernels_on_a_gpu_equal_convolutions():
     """conftest.py hides the GPU from the other tests."""
-    said = run_script("cuda", CUDA_VISIBLE_DEVICES="0", TRITON_INTERPRET="0")
+    said = run_script("cuda", "all", CUDA_VISIBLE_DEVICES="0", TRITON_INTERPRET="0")
     assert SUCCESS in said, said
 
 
@@ -145,5 +155,5 @@ def test_wrong_arguments_are_named():
 
 
 if __name__ == "__main__":
-    wrong = failures(sys.argv[1])
+    wrong = failures(sys.argv[1], has_all=sys.argv[2:] == ["all"])
     print("\n".join(wrong) or SUCCESS)

@@ -125,7 +125,7 @@ def _dashed(word: str) -> str:
 
 def at_least(limit: int | float) -> Callable[[str], int | float]:
     """Finite numbers of `limit` or more."""
-    return _number(limit, lambda value: limit <= value < math.inf, f"at least {limit:g}, finite")
+    return _number(limit, lambda value: value >= limit, f"at least {limit:g}")
 
 
 def between(low: int | float, high: int | float) -> Callable[[str], int | float]:
@@ -147,6 +147,8 @@ def _number(like: int | float, is_allowed: Callable[[float], bool], words: str
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"must be {noun} {words}, got {text!r}") from None
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"must be a finite number, got {text}")
         if not is_allowed(value):
             raise argparse.ArgumentTypeError(f"must be {words}, got {text}")
         return value
