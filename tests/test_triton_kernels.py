@@ -94,8 +94,8 @@ def failures(device: str, has_all: bool) -> list[str]:
 
 def run_script(*arguments: str, **environment: str) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
-    run = subprocess.run([sys.executable, __file__, *arguments], cwd=ROOT, env=environment, text=True,
-                         capture_output=True)
+    run = subprocess.run([sys.executable, __file__, *arguments], cwd=ROOT, env=environment,
+                         text=True, capture_output=True)
     if "only 0-dimensional arrays" in run.stderr:
         pytest.skip("the interpreter of this Triton does not know this NumPy")
     return run.stdout if run.returncode == 0 else run.stdout + run.stderr
