@@ -27,7 +27,8 @@ from utils.registry import UserError, parse_spec
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="eval.py", description=__doc__.split("\n")[0])
+    parser = Parser(prog="eval.py", description=__doc__.split("\n")[0],
+                    usage="%(prog)s [--flag value ...]")
     flag = parser.add_argument
     flag("--checkpoint", type=Path, metavar="FILE",
          help="a checkpoint of train_kd.py; it knows its model, data set and input size")

@@ -39,7 +39,8 @@ switch = argparse.BooleanOptionalAction  # --flag and --no-flag
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="train_kd.py", description=__doc__.split("\n")[0])
+    parser = Parser(prog="train_kd.py", description=__doc__.split("\n")[0],
+                    usage="%(prog)s [--flag value ...]")
     flag = parser.add_argument_group("what is trained (NAME [key=value ...])").add_argument
     flag("--teacher", nargs="+", default=["none"], metavar="NAME",
          help="none, or one of: " + ", ".join(models.list_models()))
@@ -350,8 +351,7 @@ def wrap(args: argparse.Namespace, distiller: Distiller, teacher: FrozenTeacher 
 
 def evaluate_teacher(teacher: FrozenTeacher | None, loader: data.Loader,
                      options: engine.StepOptions) -> tuple[float | None, torch.Tensor | None]:
-    """The teacher's top-1 in percent, and its class for every validation image of this process,
-    (data set size,), -1 for the others."""
+    """Top-1 in percent; the class of every image of this process, -1 elsewhere (data set size,)."""
     if teacher is None:
         return None, None
     result = engine.evaluate(teacher, loader, options=options, description="teacher")

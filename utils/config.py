@@ -17,15 +17,22 @@ from utils import distributed
 from utils.registry import UserError, did_you_mean
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a default where there is one and the text does not name it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if action.default is None or "default" in action.help:
+            return action.help
+        return super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that takes `--data_path` for `--data-path`, names the nearest flag for an
     unknown one, and reads defaults from `--config recipe.yaml`."""
 
     def __init__(self, **kwargs: Any) -> None:
-        formatter = functools.partial(argparse.ArgumentDefaultsHelpFormatter, width=100,
-                                      max_help_position=36)
-        super().__init__(allow_abbrev=False, formatter_class=formatter,
-                         usage="%(prog)s [--flag value ...]", **kwargs)
+        super().__init__(allow_abbrev=False, formatter_class=functools.partial(
+            HelpFormatter, width=100, max_help_position=36), **kwargs)
         self.add_argument("--config", type=Path, metavar="YAML", help="recipe of defaults")
 
     def parse(self, argv: list[str]) -> argparse.Namespace:
