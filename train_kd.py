@@ -437,11 +437,10 @@ def describe_cost(student: models.VisionModel, teacher: FrozenTeacher | None, in
     if teacher is None:
         return text
     size = teacher.input_size if teacher.fixed_size else input_size
-    teacher_macs = teacher.model.count_macs(size)
+    teacher_macs = teacher.count_macs(size)
     share = teacher_macs / (teacher_macs + 3 * macs)
-    held = sum(value.numel() for value in teacher.state_dict().values()
-               if value.is_floating_point())
-    return (f"{text}\nteacher: {held * GIB_PER_FLOAT:.2f} GiB of weights; "
+    held = sum(value.nbytes for value in teacher.state_dict().values())
+    return (f"{text}\nteacher: {held / 2 ** 30:.2f} GiB of weights; "
             f"{teacher_macs / 1e9:.3f} G MACs forward at {size} px, {share:.0%} of a step (its "
             "forward, and forward and backward of the student)")
 

@@ -53,8 +53,8 @@ class VisionModel(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def count_macs(self, input_size: int) -> int:
-        """Multiply-accumulates of one image of this side, in convolutions and matrix products (what
-        tables of papers call FLOPs). Computed on shapes alone; the model is left as it is. Raises
+        """MACs (multiply-accumulates) of one image of this side, in convolutions and matrix
+        products. Computed on shapes alone; the model is left as it is. Raises
         UserError where it does not run at this size."""
         with FlopCounterMode(display=False) as counter:
             run_on_shapes(copy.deepcopy(self).to("meta"), input_size)

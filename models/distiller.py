@@ -1,5 +1,7 @@
 """The teacher, frozen; and everything with a gradient in one module, which DDP wraps once and the
 optimizer sees as one."""
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,6 +40,8 @@ class FrozenTeacher(nn.Module):
         self.num_parameters = model.num_parameters  # before folding
         self.dtype = dtype
         self.model = model.eval().fold().requires_grad_(False)
+        # In a list, so that it is no part of this module: what is counted has the plain widths.
+        self.plain = [copy.deepcopy(self.model).to("meta")]
         if dtype is not None:
             self.model.pad_widths(WIDTH_MULTIPLE).to_half(dtype)
         self.model.to(memory_format=torch.channels_last)
@@ -56,6 +60,10 @@ class FrozenTeacher(nn.Module):
 
     def train(self, mode: bool = True) -> "FrozenTeacher":
         return super().train(False)
+
+    def count_macs(self, input_size: int) -> int:
+        """MACs of one image of this side, folded, without what widths are filled up with."""
+        return self.plain[0].count_macs(input_size)
 
     def compile(self) -> None:
         """Compile `forward_with_features` after its next call, in which the network prepares what

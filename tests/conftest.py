@@ -1,4 +1,4 @@
-"""One thread for every test, and the folder of small reference figures."""
+"""One thread for every test, and the folder of small reference numbers."""
 import os
 from pathlib import Path
 
@@ -30,5 +30,5 @@ def _few_threads() -> None:
 
 @pytest.fixture
 def fixture_npz():
-    """name -> the arrays of tests/fixtures/<name>.npz, figures of the published code."""
+    """name -> the arrays of tests/fixtures/<name>.npz, numbers of the published code."""
     return lambda name: dict(np.load(FIXTURES / f"{name}.npz"))

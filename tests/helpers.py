@@ -25,7 +25,7 @@ def read_json(name: str) -> dict:
 
 
 def micro_slak(**options) -> SLaK:
-    """The published class at the size of the reference figures."""
+    """The published class at the size of the reference numbers."""
     return SLaK(**{**MICRO, "kernel_size": (13, 11, 9, 7, 5), **options})
 
 
@@ -36,7 +36,7 @@ def micro_convnext_bn(**options) -> SLaK:
 
 @torch.no_grad()
 def fill_by_name(model: nn.Module, salt: int = 20230530) -> nn.Module:
-    """The weights of the reference figures: every tensor drawn from its published name."""
+    """The weights of the reference numbers: every tensor drawn from its published name."""
     for name, tensor in model.state_dict().items():
         rng = np.random.RandomState((zlib.crc32(name.encode()) + salt) % 2 ** 32)
         shape = tuple(tensor.shape)

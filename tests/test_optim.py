@@ -20,7 +20,7 @@ from utils.optim import (
 )
 from utils.registry import UserError
 
-FIGURES = read_json("schedules")
+REFERENCE = read_json("schedules")
 NANO = [name for name in list_models() if name.endswith("_nano")]
 REFUSING = [name for name in NANO
             if type(create_model(name, 10)).layer_ids is VisionModel.layer_ids]
@@ -32,16 +32,17 @@ STEPS_PER_EPOCH = 312  # 1,281,167 images at batch 4096
 @pytest.mark.parametrize("epochs", [300, 120])
 def test_learning_rate_equals_the_published_one(epochs):
     rate = cosine_schedule(4e-3, 1e-6, epochs * STEPS_PER_EPOCH, 20 * STEPS_PER_EPOCH)
-    figures = FIGURES[f"lr_{epochs}ep"]
-    assert [rate(int(step)) for step in figures] == pytest.approx(list(figures.values()), rel=1e-9)
+    expected = REFERENCE[f"lr_{epochs}ep"]
+    found = [rate(int(step)) for step in expected]
+    assert found == pytest.approx(list(expected.values()), rel=1e-9)
     assert rate(0) == 0
     assert rate(epochs * STEPS_PER_EPOCH) == pytest.approx(1e-6, rel=1e-9)
 
 
 def test_a_short_schedule_equals_the_published_one_in_full():
     rate = cosine_schedule(1e-3, 1e-5, 35, 7)
-    assert len(FIGURES["lr_small"]) == 35
-    assert [rate(step) for step in range(35)] == pytest.approx(FIGURES["lr_small"], rel=1e-9)
+    assert len(REFERENCE["lr_small"]) == 35
+    assert [rate(step) for step in range(35)] == pytest.approx(REFERENCE["lr_small"], rel=1e-9)
 
 
 def test_schedules_without_warmup_of_one_step_and_constant():
@@ -65,14 +66,15 @@ def test_a_warmup_longer_than_the_run_is_refused(warmup_steps):
 @pytest.mark.parametrize("figure, layer_decay", [("plain", 1.0), ("layer_decay_0_7", 0.7)])
 def test_groups_equal_the_published_ones(figure, layer_decay):
     model = micro_slak()
-    groups, expected = parameter_groups(model, 0.05, layer_decay), FIGURES["param_groups"][figure]
-    assert len(groups) == len(expected)
+    groups = parameter_groups(model, 0.05, layer_decay)
+    references = REFERENCE["param_groups"][figure]
+    assert len(groups) == len(references)
     parameters = dict(model.named_parameters())
-    for group, figures in zip(groups, expected):
-        assert group["names"] == figures["names"]
-        assert group["weight_decay"] == figures["weight_decay"]
-        assert group["decays"] == (figures["weight_decay"] > 0)
-        assert group["lr_scale"] == pytest.approx(figures["lr_scale"], rel=1e-9)
+    for group, expected in zip(groups, references):
+        assert group["names"] == expected["names"]
+        assert group["weight_decay"] == expected["weight_decay"]
+        assert group["decays"] == (expected["weight_decay"] > 0)
+        assert group["lr_scale"] == pytest.approx(expected["lr_scale"], rel=1e-9)
         assert all(parameter is parameters[name]
                    for name, parameter in zip(group["names"], group["params"]))
 
@@ -230,17 +232,17 @@ def set_values(model: nn.Module, **values) -> None:
 
 def test_average_under_a_mask_equals_the_published_one(fixture_npz):
     """Zero where the mask dropped a weight, the value itself where it grew one."""
-    figures = {key: torch.as_tensor(value) for key, value in fixture_npz("ema_mask").items()}
-    model = WithBuffers(figures["ema0_weight"].clone(), figures["ema0_bias"].clone())
-    ema = ModelEma(model, float(figures["decay"]))
-    set_values(model, weight=figures["weight"], bias=figures["bias"])
-    mask = figures["mask"].bool()
+    expected = {key: torch.as_tensor(value) for key, value in fixture_npz("ema_mask").items()}
+    model = WithBuffers(expected["ema0_weight"].clone(), expected["ema0_bias"].clone())
+    ema = ModelEma(model, float(expected["decay"]))
+    set_values(model, weight=expected["weight"], bias=expected["bias"])
+    mask = expected["mask"].bool()
     ema.update(model, {"weight": mask})
     assert (ema.model.weight[~mask] == 0).all() and mask.sum() < mask.numel()
-    torch.testing.assert_close(ema.model.weight.data, figures["ema1_weight"], rtol=1e-5, atol=1e-8)
-    torch.testing.assert_close(ema.model.bias.data, figures["ema1_bias"], rtol=1e-5, atol=1e-8)
-    grown = mask & (figures["ema0_weight"] == 0)
-    assert grown.any() and torch.equal(ema.model.weight[grown], figures["weight"][grown])
+    torch.testing.assert_close(ema.model.weight.data, expected["ema1_weight"], rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(ema.model.bias.data, expected["ema1_bias"], rtol=1e-5, atol=1e-8)
+    grown = mask & (expected["ema0_weight"] == 0)
+    assert grown.any() and torch.equal(ema.model.weight[grown], expected["weight"][grown])
 
 
 def test_average_of_buffers_and_counters():

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.base import create_model
+from models.base import IMAGENET_MEAN, IMAGENET_STD, create_model
 from models.convnext import ConvNeXt, ConvNeXtBlock, ConvNeXtFrame, ConvNeXtV2
 from models.distiller import FrozenTeacher
 from models.layers import layer_norm, pad_to
@@ -224,3 +224,14 @@ def test_student_is_captured_whole(name, multiple, compile_whole):
     assert len(compile_whole) == 1
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_macs_of_a_frozen_network_are_those_of_its_plain_widths():
+    stats = IMAGENET_MEAN, IMAGENET_STD
+    plain = FrozenTeacher(create_model("slak_nano", 10), *stats)
+    padded = FrozenTeacher(create_model("slak_nano", 10), *stats, dtype=torch.bfloat16)
+    assert padded.count_macs(64) == plain.count_macs(64) == plain.model.count_macs(64)
+    assert padded.model.head.weight.shape == plain.model.head.weight.shape
+    assert sum(p.numel() for p in padded.model.parameters()) > sum(
+        p.numel() for p in plain.model.parameters())
+    assert not any(name.startswith("plain") for name, _ in padded.named_modules())

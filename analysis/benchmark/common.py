@@ -34,7 +34,7 @@ Row = dict[str, Any]
 Column = tuple[str, str, str]  # header, key of a row, format; a column of text has no format
 
 # What `rates` gives.
-RATE_COLUMNS = [("G multiply-adds/s", "gmacs_per_second", ".1f"),
+RATE_COLUMNS = [("G MACs/s", "gmacs_per_second", ".1f"),
                 ("of matrix rate", "matrix_share", ".1%")]
 
 
@@ -167,7 +167,7 @@ def ceiling_actions(device: torch.device, dtype: torch.dtype,
 
 def ceilings(seconds: Seconds, device: torch.device, dtype: torch.dtype,
              prefix: str = "") -> dict[str, float]:
-    """GB/s of the copy, bytes read and bytes written counted, and G multiply-adds/s of the product,
+    """GB/s of the copy, bytes read and bytes written counted, and G MACs/s of the product,
     medians."""
     num_bytes, macs = 2 * COPY_BYTES[device.type], _matrix_edge(device, dtype) ** 3
     return {"copy_gb_per_second": num_bytes / median(seconds[f"{prefix}copy"]) / 1e9,
@@ -183,7 +183,7 @@ def _matrix_edge(device: torch.device, dtype: torch.dtype) -> int:
 def ceilings_text(best: Mapping[str, float], dtype: torch.dtype) -> str:
     text = (f"In the same rounds: a copy of {best['copy_gb_per_second']:.1f} GB/s (read + "
             f"written), {str(dtype).removeprefix('torch.')} matrix products of "
-            f"{best['matrix_gmacs_per_second']:.1f} G multiply-adds/s")
+            f"{best['matrix_gmacs_per_second']:.1f} G MACs/s")
     if dtype == torch.float32 and torch.cuda.is_available():
         # cuDNN's float32 convolutions round to TF32 where matrix products do not.
         return f"{text}, without TF32, which cuDNN's convolutions may use."

@@ -49,7 +49,7 @@ class Shape(NamedTuple):
     kernels: tuple[tuple[int, int], ...]
 
     def macs(self, batch_size: int) -> int:
-        """Multiply-adds of the direct sums, taps that no pixel reaches left out."""
+        """MACs of the direct sums, taps that no pixel reaches left out."""
         taps = sum(min(height, 2 * self.height - 1) * min(width, 2 * self.width - 1)
                    for height, width in self.kernels)
         return batch_size * math.prod(self[:3]) * taps

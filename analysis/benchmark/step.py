@@ -41,7 +41,7 @@ COLUMNS = [("step", "step", ""), ("ms", "ms", ".1f"), ("ratio", "ratio", ".2f"),
 
 NOTES = (
     "Ratio: published time / time. published: un-folded, contiguous maps, nn.Conv2d per branch; "
-    "its teacher's graph is kept and back-propagated. Multiply-adds: one pass through the teacher, "
+    "its teacher's graph is kept and back-propagated. MACs: one pass through the teacher, "
     "three through the student, in both.",
     "Shares of time by phase: from steps of ours that wait for the device after each; data is the "
     "hand-over, normalising, erasing and mixing. Memory, on a GPU: what a step holds beyond the "
@@ -211,7 +211,7 @@ def rows_of(seconds: common.Seconds, memory: dict[str, float | None], *, images:
 
 def build_networks(teacher_spec: list[str], student_spec: list[str], input_size: int
                    ) -> tuple[models.VisionModel, models.VisionModel | None, int]:
-    """Student, teacher if there is one, and the multiply-adds that one image needs: one pass
+    """Student, teacher if there is one, and the MACs that one image needs: one pass
     through the teacher and three through the student."""
     torch.manual_seed(0)
     name, options = parse_spec(student_spec, "--student")

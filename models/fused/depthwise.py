@@ -4,10 +4,10 @@ kernels of 3 to 9, stride 1, zeros around the map to keep its size.
 A column of a map is an (image, position along the width) pair, so that small maps fill a tile, too.
 A program takes a few neighbouring columns of some channels and walks down their rows. A row is
 loaded once for each of the k columns of the kernel and added to the k rows of the output that it
-reaches, which stay in registers: k loads (mostly from L1) for k^2 multiply-adds. A thread has two
+reaches, which stay in registers: k loads (mostly from L1) for k^2 MACs. A thread has two
 channels and not more, because it keeps their k^2 weights in registers, too.
 
-For 7 x 7 in 16 bits an H100 needs 1.3 times as long for the multiply-adds in float32 (about 30 T a
+For 7 x 7 in 16 bits an H100 needs 1.3 times as long for the MACs in float32 (about 30 T a
 second) as for the 4 bytes of device memory of each output element.
 
 No result depends on the order in which programs run. Maps are bfloat16 or float16, summed in

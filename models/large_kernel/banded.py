@@ -7,7 +7,7 @@ T[h, h'] = k[h' - h + kh // 2]. So per channel
 
 one product of (H, kw * H) with (kw * H, N * W): a batched GEMM over the channels, for which
 processors have matrix units that a loop over taps cannot use. A wide kernel is the same on the
-transposed map. Per output kw * H multiply-adds (280 for a 51 x 5 kernel on 56 rows, in place of
+transposed map. Per output kw * H MACs (280 for a 51 x 5 kernel on 56 rows, in place of
 255), and kw copies of the map beside one read and one write.
 """
 from collections.abc import Sequence

@@ -7,7 +7,7 @@ backward ones far from it. So the gradients are forward convolutions as well:
     of the kernel   the map convolved with the gradient's map as if that were a kernel: one
                     convolution of an image whose channels are the N x C maps
 
-Per output and kernel tap one multiply-add each; each map is read and written once. A large map in
+Per output and kernel tap one MAC each; each map is read and written once. A large map in
 float32 is too large a kernel for the caches: there the gradient of a kernel is a matrix product.
 """
 from collections.abc import Sequence

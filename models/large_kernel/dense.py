@@ -6,7 +6,7 @@ sum of branches is one batched product over the channels, the branches by themse
 the matrices one below the other, the gradient of x is one with these transposed, and one more gives
 the gradient of M, whose elements are summed up tap by tap.
 
-Per output HW multiply-adds (196 on 14 x 14), and HW^2 elements of M for HW * N of the map: small
+Per output HW MACs (196 on 14 x 14), and HW^2 elements of M for HW * N of the map: small
 next to it where HW is below N or so, too many to keep where maps are large.
 """
 from __future__ import annotations

@@ -9,7 +9,7 @@ matrix's columns are (image, position along the short axis) pairs, so that a gro
 fills one.
 
 Per output element, for those three kernels summed over 56 x 56 maps in 16 bits: 10 shifts x 64 (a
-row of T) x 64^2 / 56^2 = 836 multiply-adds on matrix units (the direct sum takes 535 on the others)
+row of T) x 64^2 / 56^2 = 836 MACs on matrix units (the direct sum takes 535 on the others)
 and 4 bytes of device memory, 2 read and 2 written. In the time of 4 bytes an H200 does some 370
 (4.3 TB/s and 788 TFLOP/s, measured): matrix units and L1 are the limit, not device memory.
 
