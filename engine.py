@@ -1,7 +1,7 @@
 """One step, one epoch, one evaluation. Handed objects; knows no model and no loss by name."""
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from utils.content import Named, entry
 from utils.distributed import rank, sum_over_ranks, world_size
-from utils.log import Meter, progress
-from utils.optim import ModelEma, restore_optimizer, set_hyperparameters
+from utils.log import Meter, peak_memory_gib, print_once, progress
+from utils.optim import ModelEma, optimizer_form, restore_optimizer, set_hyperparameters
 from utils.registry import NonFiniteLoss
 from utils.rng import fold_seed
 
@@ -85,11 +86,29 @@ class TrainState:
             **self.best,
         }
 
+    def form(self, saved: dict[str, Any], is_whole: bool) -> dict[str, Any]:
+        """What `load_state_dict` takes, for `utils.content.check_form`: the state as it would be
+        saved, but for what only `saved` can tell the size of. `is_whole`: nothing was lost from it.
+
+        Raises ValueError where its optimizer is another one."""
+        form = self.state_dict()
+        # Overflows of float16 may have left out every update so far.
+        is_whole = is_whole or (self.scaler.is_enabled() and not entry(saved, "optimizer", "state"))
+        form["optimizer"] = optimizer_form(self.optimizer, entry(saved, "optimizer"), is_whole)
+        sums = entry(saved, "meter", "sums")
+        form["meter"] = {"sums": Named(float), "counts": dict.fromkeys(
+            sums if isinstance(sums, dict) else (), float)}
+        if self.sparsity:
+            form["sparsity"]["masks"] = Named(torch.uint8)
+        form["classes"] = [str] * len(self.classes)
+        return form
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.distiller.student.load_state_dict(state["model"])
-        self.distiller.losses.load_state_dict(state["losses"])
+        """Take over a state of the form of `form`. Raises ValueError where masks do not fit."""
+        copy_state(state["model"], self.distiller.student)
+        copy_state(state["losses"], self.distiller.losses)
         if self.ema:
-            self.ema.model.load_state_dict(state["model_ema"])
+            copy_state(state["model_ema"], self.ema.model)
             self.ema.num_updates = state["ema_updates"]
         restore_optimizer(self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
@@ -97,7 +116,15 @@ class TrainState:
             self.sparsity.load_state_dict(state["sparsity"])
         self.step, self.epoch = state["step"], state["epoch"]
         self.meter.load_state_dict(state["meter"])
-        self.best = {name: state[name] for name in self.best if name in state}
+        self.best = {name: state[name] for name in self.best}
+
+
+@torch.no_grad()
+def copy_state(saved: Mapping[str, Tensor], module: nn.Module) -> None:
+    """Give a module the values of a state dict that has its names, shapes and dtypes. No hook of a
+    module's, nor what else a file says of their versions, has part in it."""
+    for name, value in module.state_dict().items():
+        value.copy_(saved[name])
 
 
 def build_state(distiller: nn.Module, optimizer: torch.optim.Optimizer, *, device: torch.device,
@@ -315,6 +342,61 @@ def evaluate(model: nn.Module, loader: Any, *, options: StepOptions, description
     total = max(total, 1)
     return Evaluation(100 * first / total, 100 * five / total, loss_sum / total,
                       100 * agreed / total if reference is not None else None, int(total), samples)
+
+
+def evaluate_teacher(teacher: nn.Module | None, loader: Any, options: StepOptions
+                     ) -> tuple[float | None, Tensor | None]:
+    """Top-1 in percent; the class of every image of this process, -1 elsewhere (data set size,).
+    None and None without a teacher, or without its classifier."""
+    if teacher is None:
+        return None, None
+    if teacher.num_classes == 0:
+        print_once("teacher: not evaluated, for it has no classifier; its feature maps alone teach")
+        return None, None
+    result = evaluate(teacher, loader, options=options, description="teacher")
+    print_once(f"teacher: top-1 {result.acc1:.2f} %, top-5 {result.acc5:.2f} % on the "
+               f"{result.num_samples:,} validation images, at the student's input size")
+    warn_of_guessing(result.acc1, teacher.num_classes, result.num_samples)
+    predictions = torch.full((loader.num_samples,), -1)
+    predictions[result.samples["index"]] = result.samples["top5"][:, 0]
+    return result.acc1, predictions
+
+
+def warn_of_guessing(acc1: float, num_classes: int, num_samples: int) -> None:
+    """Print a warning where this top-1, in percent, is no more than guessing gives: the mean of a
+    class drawn at random and two standard deviations of its mean over so many images."""
+    chance = 1 / num_classes
+    most = chance + 2 * math.sqrt(chance * (1 - chance) / max(num_samples, 1))
+    if acc1 <= 100 * min(most, 1 - chance):
+        print_once(f"warning: the teacher's top-1 of {acc1:.2f} % on {num_samples:,} images is no "
+                   f"better than guessing among {num_classes} classes ({100 * chance:.2f} %). Its "
+                   "weights may be of other classes, random, or of images normalised otherwise; a "
+                   "student will learn nothing good from it.")
+
+
+def epoch_record(state: TrainState, means: dict[str, float], results: dict[str, Evaluation],
+                 best: list[str], skipping: Sequence[Any]) -> dict[str, Any]:
+    """What log.txt says of the epoch that just ended, under ConvNeXt's key names.
+
+    `means`: of `train_one_epoch`. `results` by suffix of the network, `best` the suffixes that were
+    never as good. `skipping`: the loaders, of training and of evaluation, that skip bad images.
+    """
+    speed = means.pop("images_per_second")
+    record = {"epoch": state.epoch - 1,
+              **{f"train_{name}": value for name, value in means.items()}, **state.metrics()}
+    for suffix, result in results.items():
+        record |= {f"test_loss{suffix}": result.loss, f"test_acc1{suffix}": result.acc1,
+                   f"test_acc5{suffix}": result.acc5}
+        if result.agreement is not None:
+            record[f"agreement{suffix}"] = result.agreement
+        record[f"is_best{suffix}"] = suffix in best
+    record["n_parameters"] = state.distiller.student.num_parameters
+    record["images_per_second"] = speed
+    if skipping:
+        bad = torch.tensor([float(len(loader.bad)) for loader in skipping])
+        record["skipped_train"], record["skipped_test"] = sum_over_ranks(bad).tolist()
+    record["peak_memory_gib"] = peak_memory_gib(next(state.distiller.parameters()).device)
+    return record
 
 
 def sample_results(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,7 +5,12 @@
     python eval.py ... --data-set imagenet_c --data-path DIR      # and _a, _r, _sketch, _v2, _real
     torchrun --nproc_per_node=8 eval.py ...          # the same numbers, faster
 """
+from utils import process
+
+if __name__ == "__main__":
+    process.begin()  # first, for PyTorch takes seconds to import
 import argparse
+import math
 import sys
 import time
 from contextlib import closing
@@ -20,8 +25,9 @@ import engine
 import models
 from models.large_kernel.operator import ACCEPTED, describe_choice, set_backend
 from models.weights import Trained, load_named, load_trained
-from utils import checkpoint, distributed
+from utils import distributed, faults
 from utils.config import Parser, at_least, program
+from utils.files import write_atomically
 from utils.log import print_once
 from utils.registry import UserError, parse_spec
 
@@ -32,8 +38,8 @@ def build_parser() -> Parser:
     flag = parser.add_argument
     flag("--checkpoint", type=Path, metavar="FILE",
          help="a checkpoint of train_kd.py; it knows its model, data set and input size")
-    flag("--model", nargs="+", metavar="NAME", help="NAME [key=value ...], with --weights; one of: "
-         + ", ".join(models.list_models()))
+    flag("--model", nargs="+", metavar="NAME", help="NAME [key=value ...], with --weights; "
+         + models.describe_models())
     flag("--weights", metavar="SOURCE", help="path, URL or published")
     flag("--weights-key", help="model, or model_ema for the averaged weights")
     flag("--num-classes", type=at_least(1), default=1000, help="classes of --weights")
@@ -44,8 +50,11 @@ def build_parser() -> Parser:
          help="folder that holds val/; of ImageNet's test sets, the folder as it was unpacked")
     flag("--input-size", type=at_least(1),
          help="by default the checkpoint's, else the model's own, in pixels")
-    flag("--crop-pct", type=float,
-         help="by default the data set's own, else the checkpoint's, else 224/256")
+    flag("--crop-pct", type=float, help="share of the short side that is seen; by default the data "
+         "set's own, else the checkpoint's or the publisher's, else 224/256")
+    flag("--resize", type=at_least(1), help="pixels of the short side; says the same as --crop-pct")
+    flag("--interpolation", choices=data.FILTERS,
+         help="filter of resizing; by default the checkpoint's or the publisher's, else bicubic")
     flag("--batch-size", type=at_least(1), default=96, help="images per process")
     flag("--num-workers", type=at_least(0), default=10, help="loader processes per process")
     flag("--skip-bad-images", action=argparse.BooleanOptionalAction, default=False,
@@ -61,6 +70,7 @@ def build_parser() -> Parser:
 @program("eval.py", build_parser)
 def main(args: argparse.Namespace) -> int:
     device = distributed.setup(args.device)
+    faults.check_precision(args.amp, device)
     check_flags(args)
 
     # The model: of a checkpoint, which knows its run, or by name.
@@ -69,25 +79,31 @@ def main(args: argparse.Namespace) -> int:
         print_once(f"{' '.join(trained.settings['student'])} from {args.checkpoint}")
     else:
         model = load_named(args.model, args.weights, args.weights_key, args.num_classes)
-        trained = Trained(model, settings={}, classes=None)
+        trained = Trained(model, settings={}, classes=model.classes)
         print_once(f"{' '.join(args.model)}, weights {args.weights}")
     model, settings, classes = trained
 
     # The data set, its labels those of the model. What no flag says, the run or the model does.
-    input_size = args.input_size or settings.get("input_size") or model.input_size
+    how = trained.preprocessing(args.input_size)
+    input_size = how["input_size"]
     if model.fixed_size and input_size != model.input_size:
         raise UserError(f"--input-size {input_size}: this model takes {model.input_size} px only.")
     name, options = parse_spec(args.data_set or settings.get("data_set") or ["imagefolder"],
                                "--data-set")
     source = data.create_dataset(name, "val", args.data_path, **options)
     source.align(classes, model.num_classes)
-    crop_pct = args.crop_pct
-    if crop_pct is None:
-        crop_pct = source.crop_pct or settings.get("crop_pct")
+    if source.crop_pct is not None:
+        how |= {"crop_pct": source.crop_pct, "resize": None}
+    if args.crop_pct is not None or args.resize is not None:
+        how |= {"crop_pct": args.crop_pct, "resize": args.resize}
+    if args.interpolation is not None:
+        how["interpolation"] = args.interpolation
+    transform = data.eval_transform(**how)
 
     # Counted as it is trained, then folded for speed.
     num_parameters, macs = model.num_parameters, model.count_macs(input_size)
-    print_once(f"{num_parameters:,} parameters, {macs / 1e9:.3f} G MACs at {input_size} px")
+    print_once(f"{num_parameters:,} parameters, {macs / 1e9:.3f} G MACs at {input_size} px; "
+               f"images: {data.describe_eval(transform)}")
     model = model.eval().fold().to(device, memory_format=torch.channels_last)
     set_backend(args.large_kernel, model)
     amp_dtype = engine.AMP_DTYPES[args.amp]
@@ -103,13 +119,15 @@ def main(args: argparse.Namespace) -> int:
     if source.competing is not None:
         network = Competing(model, source.competing).to(device).eval()
     loader = data.eval_loader(
-        source, data.eval_transform(input_size, crop_pct=crop_pct), batch_size=args.batch_size,
-        num_workers=args.num_workers, skip_bad_images=args.skip_bad_images,
-        pin_memory=device.type == "cuda")
+        source, transform, batch_size=args.batch_size, num_workers=args.num_workers,
+        skip_bad_images=args.skip_bad_images, pin_memory=device.type == "cuda")
     start = time.perf_counter()
     with closing(loader):
         result = engine.evaluate(network, loader, options=step_options)
     seconds = time.perf_counter() - start
+    if math.isnan(result.loss):
+        raise UserError("the network gave logits that are NaN, so its accuracy means nothing. Its "
+                        "weights are broken, or too large for --amp " + args.amp + ".")
 
     # The report.
     rows = {"images": f"{result.num_samples:,}", "top-1": f"{result.acc1:.2f} %",
@@ -184,7 +202,7 @@ def save_predictions(result: engine.Evaluation, source: data.ImageSource, path: 
     order = np.argsort(columns["index"])
     columns = {key: column[order] for key, column in columns.items()}
     names = [source.name_of(int(index)) for index in columns["index"]]
-    checkpoint.write_atomically(
+    write_atomically(
         lambda file: np.savez_compressed(file, name=np.array(names),
                                          classes=np.array(source.classes), **columns), path)
     print_once(f"predictions of {len(order):,} images saved to {path}")

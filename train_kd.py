@@ -5,13 +5,15 @@
 The defaults are the published ImageNet recipe. `--config run_scripts/recipes/NAME.yaml` sets
 others; the command line wins.
 """
+from utils import process
+
+if __name__ == "__main__":
+    process.begin()  # first, for PyTorch takes seconds to import
 import argparse
 import copy
-import math
 import sys
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -22,18 +24,18 @@ import losses
 import models
 from data.datasets import DATASETS
 from losses.base import LOSSES
-from models.base import MODELS
-from models.distiller import Distiller, FrozenTeacher, frozen_dtype
+from models.base import MODELS, check_spec
+from models.distiller import Distiller, FrozenTeacher, describe_cost, describe_size, frozen_dtype
 from models.large_kernel.operator import ACCEPTED, describe_choice, set_backend
 from models.sparsity import GROWTHS, INITS, LAYERS, SparseMask
-from models.weights import load_named
-from utils import checkpoint, distributed, optim
+from models.weights import load_student, load_teacher
+from utils import checkpoint, distributed, faults, optim
 from utils.config import Parser, at_least, below_one, between, plain, program
-from utils.log import RunLog, peak_memory_gib, print_once, summary_writer_class
+from utils.content import checksum
+from utils.log import RunLog, print_once, summary_writer_class
 from utils.registry import UserError, parse_spec
 from utils.rng import fold_seed
 
-GIB_PER_FLOAT = 4 / 2 ** 30
 COMPILE_FROM = 300  # updates of a run, from which on the teacher is compiled on a GPU
 switch = argparse.BooleanOptionalAction  # --flag and --no-flag
 
@@ -42,27 +44,35 @@ def build_parser() -> Parser:
     parser = Parser(prog="train_kd.py", description=__doc__.split("\n")[0],
                     usage="%(prog)s [--flag value ...]")
     flag = parser.add_argument_group("what is trained (NAME [key=value ...])").add_argument
-    flag("--teacher", nargs="+", default=["none"], metavar="NAME",
-         help="none, or one of: " + ", ".join(models.list_models()))
+    flag("--teacher", nargs="+", type=MODELS.own_word, default=["none"], metavar="NAME",
+         help="none, " + models.describe_models())
     flag("--teacher-weights", default="published", metavar="SOURCE", help="path, URL, or random")
     flag("--teacher-weights-key", metavar="KEY", help="model, or model_ema for averaged weights")
-    flag("--student", nargs="+", default=["resnet50"], metavar="NAME", help="same names")
+    flag("--student", nargs="+", type=MODELS.own_word, default=["resnet50"], metavar="NAME",
+         help="same names")
     flag("--student-weights", default="random", metavar="SOURCE", help="path, URL, or published")
     flag("--student-weights-key", metavar="KEY", help="as for the teacher")
+    flag("--freeze", metavar="WHAT", help="what the student keeps as it is: backbone (all but the "
+         "classifier), or the stem and this number of stages")
     flag("--loss", nargs="+", action="append", metavar="NAME",
          help="may be repeated; weight=1 and the loss's own options; one of: "
          + ", ".join(losses.list_losses()) + " (default: nkd; ce without a teacher)")
+    flag("--bce", action=switch, default=False, help="short for --loss bce")
 
     flag = parser.add_argument_group("data and augmentation").add_argument
-    flag("--data-set", nargs="+", default=["imagefolder"], metavar="NAME",
-         help="imagefolder, cifar100, or outlines (embedded), with key=value options")
+    flag("--data-set", nargs="+", type=DATASETS.own_word, default=["imagefolder"], metavar="NAME",
+         help="imagefolder, imagenet, list, shards, cifar10, cifar100, imagenette, food101, pets, "
+         "flowers102, or outlines (embedded), with key=value options; docs/data.md")
     flag("--data-path", help="folder that holds train/ and val/")
     flag("--input-size", type=at_least(1), default=224, help="pixels")
     flag("--crop-pct", type=float, help="evaluation crop; by default 224/256")
+    flag("--interpolation", choices=data.FILTERS, default="bicubic", help="filter of evaluation")
     flag("--scale", type=float, nargs=2, default=[0.08, 1.0], help="area of the random crop")
     flag("--ratio", type=float, nargs=2, default=[3 / 4, 4 / 3], help="aspect of the random crop")
     flag("--hflip", type=between(0.0, 1.0), default=0.5, help="probability of a horizontal flip")
-    flag("--aa", default="rand-m9-mstd0.5-inc1", help="RandAugment policy, or none")
+    flag("--aa", default="rand-m9-mstd0.5-inc1", help="RandAugment policy, ta (TrivialAugment), "
+         "3a (DeiT III's), or none")
+    flag("--repeated-aug", action=switch, default=False, help="a third of the images, thrice each")
     flag("--reprob", type=between(0.0, 1.0), default=0.25, help="probability of random erasing")
     flag("--mixup", type=at_least(0.0), default=0.8, help="mixup alpha, 0 = off")
     flag("--cutmix", type=at_least(0.0), default=1.0, help="cutmix alpha, 0 = off")
@@ -84,15 +94,18 @@ def add_optimisation_flags(parser: Parser) -> None:
     flag("--batch-size", type=at_least(1), default=64, help="images per process and micro-batch")
     flag("--effective-batch", type=at_least(1), default=4096, help="images per update, in total")
     flag("--accum-steps", "--update-freq", type=at_least(1), help="micro-batches per update")
+    flag("--opt", choices=optim.OPTIMIZERS, default="adamw", help="optimizer")
     flag("--lr", type=at_least(0.0), default=4e-3, help="peak rate, not scaled with the batch")
     flag("--min-lr", type=at_least(0.0), default=1e-6, help="where the cosine ends")
     flag("--warmup-epochs", type=at_least(0.0), default=20, help="linear warm-up from 0, in epochs")
     flag("--warmup-steps", type=at_least(0), help="the same in updates; wins")
-    flag("--weight-decay", type=at_least(0.0), default=0.05, help="AdamW's, not on 1-D parameters")
+    flag("--weight-decay", type=at_least(0.0), default=0.05, help="not on 1-D parameters")
     flag("--weight-decay-end", type=at_least(0.0), help="cosine towards it; default constant")
     flag("--layer-decay", type=float, default=1.0, help="layer-wise learning rate decay, 1 = off")
-    flag("--opt-betas", type=below_one, nargs=2, default=[0.9, 0.999], help="AdamW's")
-    flag("--opt-eps", type=at_least(0.0), default=1e-8, help="AdamW's")
+    flag("--opt-betas", type=below_one, nargs=2, default=[0.9, 0.999], help="AdamW's, LAMB's")
+    flag("--opt-eps", type=at_least(0.0), default=1e-8, help="AdamW's, LAMB's")
+    flag("--momentum", type=below_one, default=0.9, help="SGD's")
+    flag("--nesterov", action=switch, default=True, help="SGD's")
     flag("--clip-grad", type=at_least(0.0), help="largest gradient norm; default: no limit")
     flag("--model-ema", action=switch, default=False, help="average the weights, evaluate both")
     flag("--model-ema-decay", type=below_one, default=0.9999, help="per update")
@@ -115,6 +128,8 @@ def add_running_flags(parser: Parser) -> None:
     flag("--auto-resume", action=switch, default=True, help="continue the folder's last checkpoint")
     flag("--save-freq", type=at_least(0), default=10, help="epochs between numbered, 0 = none")
     flag("--save-num", type=at_least(0), default=3, help="numbered checkpoints to keep, 0 = all")
+    flag("--save-best", choices=["weights", "full"], default="weights", help="what best and "
+         "numbered checkpoints hold: weights, or all that a run needs to go on from them")
     flag("--save-every-steps", type=at_least(0), default=0, help="updates between saves, 0 = off")
     flag("--print-every", type=at_least(1), default=50, help="updates between looks at the loss")
     flag("--dry-run", action=switch, default=False, help="build and print everything, then stop")
@@ -139,9 +154,8 @@ def main(args: argparse.Namespace) -> int:
 
     # Batch, schedule and their arithmetic. From here on args hold every value that will be used.
     args = resolve(args, device, train_size=len(train_set), num_classes=len(train_set.classes))
-    total_steps = args.epochs * args.steps_per_epoch
     schedule = optim.build_schedule(
-        total_steps, args.warmup_steps, lr=args.lr, min_lr=args.min_lr,
+        args.epochs * args.steps_per_epoch, args.warmup_steps, lr=args.lr, min_lr=args.min_lr,
         weight_decay=args.weight_decay, weight_decay_end=args.weight_decay_end)
 
     # What the student starts from:
@@ -151,67 +165,62 @@ def main(args: argparse.Namespace) -> int:
     # 4. without that, random weights.
     # --teacher-weights has no part in it.
     folder, settings, amp_dtype = args.output_dir, plain(args), engine.AMP_DTYPES[args.amp]
+    lock = checkpoint.lock_folder(folder, args.dry_run)
     saved = checkpoint.find_saved(folder, args.resume, args.auto_resume, settings, args.defaults)
+    data.keep_labels(saved, train_set, val_set)
 
     # Student. Each part has a seed of its own, so that none depends on what was built before it.
     torch.manual_seed(fold_seed(args.seed, "student"))
-    student = load_named(args.student, args.student_weights if saved is None else "random",
-                         args.student_weights_key, args.num_classes, flag="--student",
-                         dry_run=args.dry_run)
+    student = load_student(args.student, args.student_weights if saved is None else "random",
+                           args.student_weights_key, train_set.classes, dry_run=args.dry_run)
 
     # Teacher. It never trains: no gradient, no DDP, no optimizer, no checkpoint.
     teacher = None
     if args.teacher != ["none"]:
         torch.manual_seed(fold_seed(args.seed, "teacher"))
-        teacher = load_named(args.teacher, args.teacher_weights, args.teacher_weights_key,
-                             args.num_classes, flag="--teacher", dry_run=args.dry_run)
+        teacher = load_teacher(
+            args.teacher, args.teacher_weights, args.teacher_weights_key, train_set.classes,
+            needs_logits=losses.need_teacher_logits(args.loss), dry_run=args.dry_run)
+        if not args.dry_run:  # which may not fetch them
+            settings[checkpoint.TEACHER] = checksum(teacher.state_dict())
         teacher = FrozenTeacher(teacher, student.input_mean, student.input_std,
                                 dtype=frozen_dtype(amp_dtype, device)).to(device)
     set_backend(args.large_kernel, student, teacher)
 
     # Losses and distiller: everything with a gradient in one module. Two blank images go through
     # it now, so that what does not fit together fails before the run folder exists.
-    options = engine.StepOptions(
-        device=device, amp_dtype=amp_dtype, accum_steps=args.accum_steps,
-        memory_format=torch.channels_last if args.channels_last else torch.contiguous_format,
-        clip_grad=args.clip_grad, seed=args.seed,
-        batch_transform=data.BatchTransform(student.input_mean, student.input_std, device))
+    options = build_options(args, student, device)
     torch.manual_seed(fold_seed(args.seed, "losses"))
     distiller = Distiller(student, *losses.create_losses(
-        args.loss, student.feature_info, teacher.feature_info if teacher else None))
+        args.loss, student.feature_info, teacher.feature_info if teacher else None),
+        freeze=args.freeze)
     distiller.to(device, memory_format=options.memory_format)
     train_loader, val_loader, mix = build_loaders(args, train_set, val_set, device)
     check_step(distiller, teacher, mix, options, args.batch_size, args.input_size)
 
     # Optimizer, masks, average, DDP. The masks of a new run look at a batch before SyncBatchNorm
     # is there, which would wait for the other processes; a continued run restores its masks.
-    groups = optim.parameter_groups(distiller, args.weight_decay, args.layer_decay)
-    optimizer = optim.build_adamw(groups, lr=args.lr, betas=tuple(args.opt_betas), eps=args.opt_eps)
-    sparsity = None
-    if args.sparsity:
-        sparsity = SparseMask(student, optimizer, total_steps=total_steps, growth=args.growth,
-                              layers=args.sparse_layers, prune_rate=args.prune_rate,
-                              prune_every=args.prune_every, seed=args.seed)
-        if saved is None:  # SNIP computes in float32, hence the limit
-            sparsity.start(args.sparse_init, 1 - args.sparsity,
-                           lambda: options.to_device(*train_loader.first_batch(most=64)))
+    optimizer = build_optimizer(args, distiller)
+    sparsity = build_masks(args, student, optimizer) if args.sparsity else None
+    if sparsity is not None and saved is None:  # SNIP computes in float32, hence the limit
+        sparsity.start(args.sparse_init, 1 - args.sparsity,
+                       lambda: options.to_device(*train_loader.first_batch(most=64)))
     wrapped, ema = wrap(args, distiller, teacher, device)
     state = engine.build_state(distiller, optimizer, device=device, amp_dtype=amp_dtype, ema=ema,
                                sparsity=sparsity, wrapped=wrapped, classes=train_set.classes)
     if saved is not None:
-        checkpoint.restore(state, *saved)
-        del saved  # else it would stay in memory for the whole run
+        checkpoint.restore(state, *saved, settings)
 
     # What will run.
     print_run(args, state, teacher, device, folder, num_val=len(val_set))
     if args.dry_run or state.epoch >= args.epochs:
         return 0
-    checkpoint.write_run_files(folder, settings)
+    checkpoint.start_run(lock, settings)
     log = RunLog(folder, args.epochs, args.tensorboard)
 
     def save(names: list[str]) -> None:
-        content = {**state.state_dict(), "args": settings, "git": args.git}
-        checkpoint.save(content, folder, names, keep=args.save_num)
+        checkpoint.save({**state.state_dict(), "args": settings, "git": args.git}, folder, names,
+                        keep=args.save_num, is_whole=args.save_best == "full")
 
     def after_update(state: engine.TrainState) -> bool:
         is_stopping = stop.agreed()
@@ -221,8 +230,10 @@ def main(args: argparse.Namespace) -> int:
         return is_stopping
 
     # The epochs: train, evaluate, log, save.
-    with closing(train_loader), closing(val_loader), distributed.StopRequest() as stop:
-        teacher_acc1, reference = evaluate_teacher(teacher, val_loader, options)
+    with distributed.StopRequest() as stop, closing(lock), closing(train_loader), \
+            closing(val_loader):
+        with stop.at_once():
+            teacher_acc1, reference = engine.evaluate_teacher(teacher, val_loader, options)
         while state.epoch < args.epochs and not stop.agreed():
             means = engine.train_one_epoch(
                 state, train_loader, teacher, mix, schedule, options=options,
@@ -233,13 +244,16 @@ def main(args: argparse.Namespace) -> int:
             for network in state.networks().values():
                 distributed.broadcast_buffers(network)  # what is evaluated is what is saved
             save([checkpoint.LAST])  # whatever the evaluation may meet
-            results = {suffix: engine.evaluate(network, val_loader, options=options,
-                                               reference=reference)
-                       for suffix, network in state.networks().items()}
+            with stop.at_once():
+                results = {suffix: engine.evaluate(network, val_loader, options=options,
+                                                   reference=reference)
+                           for suffix, network in state.networks().items()}
             best = state.finish_epoch({suffix: result.acc1 for suffix, result in results.items()})
-            log.write(epoch_record(args, state, means, results, best, teacher_acc1=teacher_acc1,
-                                   lr=schedule(state.step - 1)["lr"],
-                                   loaders=(train_loader, val_loader)), state.best)
+            record = engine.epoch_record(
+                state, means, results, best,
+                skipping=(train_loader, val_loader) if args.skip_bad_images else ())
+            log.write({**record, "train_lr": schedule(state.step - 1)["lr"],
+                       "teacher_acc1": teacher_acc1}, state.best)
             save(checkpoint.checkpoint_names(state.epoch - 1, state.epoch == args.epochs,
                                              args.save_freq, best))
     if state.epoch < args.epochs:
@@ -252,20 +266,30 @@ def main(args: argparse.Namespace) -> int:
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raises UserError for what can be told wrong at once: first for names."""
-    for registry, flag, specs in ((MODELS, "--teacher", [args.teacher]),
-                                  (MODELS, "--student", [args.student]),
-                                  (LOSSES, "--loss", args.loss or []),
+    if args.teacher != ["none"]:
+        check_spec(args.teacher, "--teacher")
+    check_spec(args.student, "--student")
+    for registry, flag, specs in ((LOSSES, "--loss", args.loss or []),
                                   (DATASETS, "--data-set", [args.data_set])):
         for spec in specs:
-            if spec != ["none"] or flag != "--teacher":
-                registry.builder(parse_spec(spec, flag)[0])
+            registry.builder(parse_spec(spec, flag)[0])
     if args.tensorboard:
         summary_writer_class()  # better missed now than after an epoch
-    useless = [name for name in ("sparse_init", "sparse_layers", "prune_rate", "prune_every",
-                                 "growth") if name in args.given]
-    if useless and "sparsity" not in args.given and not args.sparsity:
-        raise UserError(f"--{useless[0].replace('_', '-')} does nothing without --sparsity; the "
-                        "published one is 0.4.")
+    no_sparsity = "sparsity" not in args.given and not args.sparsity
+    for is_off, names, reason in (
+            (no_sparsity, ("sparse_init", "sparse_layers", "prune_rate", "prune_every", "growth"),
+             "without --sparsity; the published one is 0.4"),
+            (args.opt != "sgd", ("momentum", "nesterov"), f"with --opt {args.opt}; it is SGD's"),
+            (args.opt == "sgd", ("opt_betas", "opt_eps"), "with --opt sgd; see --momentum")):
+        useless = [name for name in names if name in args.given]
+        if is_off and useless:
+            raise UserError(f"--{useless[0].replace('_', '-')} does nothing {reason}.")
+    if args.sparsity and args.freeze:
+        raise UserError("--sparsity would mask weights that --freeze keeps as they are. Leave one "
+                        "of them out.")
+    if args.sparsity and args.growth == "momentum" and args.opt == "sgd":
+        raise UserError("--growth momentum ranks by AdamW's moments, which --opt sgd has not. Use "
+                        "--growth gradient or random.")
 
 
 def resolve(args: argparse.Namespace, device: torch.device, *, train_size: int,
@@ -276,6 +300,8 @@ def resolve(args: argparse.Namespace, device: torch.device, *, train_size: int,
     args.num_classes, args.train_size = num_classes, train_size
     args.world_size = distributed.world_size()
     args.git = checkpoint.git_revision(Path(__file__).parent)
+    if args.bce and ["bce"] not in (args.loss or []):
+        args.loss = [*(args.loss or []), ["bce"]]
     if args.loss is None:
         args.loss = [["ce"]] if args.teacher[0] == "none" else [["nkd"]]
     if args.output_dir is None:
@@ -286,23 +312,33 @@ def resolve(args: argparse.Namespace, device: torch.device, *, train_size: int,
         args.amp = "bf16" if has_bf16 else "none"
 
     # images per update = processes x images per process x micro-batches
+    if not {"effective_batch", "accum_steps"} & {*args.chosen}:
+        args.batch_size, args.effective_batch = optim.fit_batch(
+            train_size, args.batch_size, args.world_size, args.effective_batch,
+            is_fixed="batch_size" in args.chosen)
     asked = args.effective_batch if "effective_batch" in args.given else None
     if asked is not None and "accum_steps" not in args.given:
         args.accum_steps = None  # a recipe's; the command line wins
     args.accum_steps, args.effective_batch = optim.resolve_batch(
         args.batch_size, args.world_size, args.accum_steps, asked, default=args.effective_batch)
-    args.steps_per_epoch = train_size // args.effective_batch
-    if args.steps_per_epoch == 0:
-        raise UserError(f"the training set has {train_size} images, fewer than one effective "
-                        f"batch of {args.effective_batch}. Lower --effective-batch (and "
-                        "--batch-size).")
+    args.steps_per_epoch = optim.updates_per_epoch(train_size, args.effective_batch)
     if args.warmup_steps is None:
-        args.warmup_steps = int(args.warmup_epochs * args.steps_per_epoch)
-    args.compile_teacher = args.compile
-    if args.compile is None:  # it takes a minute, which a frozen teacher soon pays back
-        is_long = args.epochs * args.steps_per_epoch >= COMPILE_FROM
-        args.compile, args.compile_teacher = False, is_long and device.type == "cuda"
+        args.warmup_steps = optim.warmup_updates(
+            args.warmup_epochs, args.steps_per_epoch, args.epochs,
+            is_fixed="warmup_epochs" in args.chosen)
+    args.compile, args.compile_teacher = faults.what_to_compile(
+        args.compile, device, args.epochs * args.steps_per_epoch >= COMPILE_FROM)
+    faults.check_precision(args.amp, device)
     return args
+
+
+def build_options(args: argparse.Namespace, student: models.VisionModel,
+                  device: torch.device) -> engine.StepOptions:
+    layout = torch.channels_last if args.channels_last else torch.contiguous_format
+    return engine.StepOptions(
+        device=device, amp_dtype=engine.AMP_DTYPES[args.amp], accum_steps=args.accum_steps,
+        memory_format=layout, clip_grad=args.clip_grad, seed=args.seed,
+        batch_transform=data.BatchTransform(student.input_mean, student.input_std, device))
 
 
 def build_loaders(args: argparse.Namespace, train_set: data.ImageSource,
@@ -312,12 +348,13 @@ def build_loaders(args: argparse.Namespace, train_set: data.ImageSource,
     train_transform = data.train_transform(
         args.input_size, auto_augment=args.aa, random_erasing_prob=args.reprob, scale=args.scale,
         ratio=args.ratio, hflip_prob=args.hflip, fast_decode=args.fast_decode)
-    val_transform = data.eval_transform(args.input_size, crop_pct=args.crop_pct)
+    val_transform = data.eval_transform(args.input_size, crop_pct=args.crop_pct,
+                                        interpolation=args.interpolation)
     common = {"num_workers": args.num_workers, "skip_bad_images": args.skip_bad_images,
               "pin_memory": device.type == "cuda"}
     train = data.train_loader(train_set, train_transform, batch_size=args.batch_size,
                               num_batches=args.steps_per_epoch * args.accum_steps, seed=args.seed,
-                              **common)
+                              repeated_aug=args.repeated_aug, **common)
     # No gradients are kept, so half as many images more fit, as in the published runs.
     val = data.eval_loader(val_set, val_transform, batch_size=max(1, args.batch_size * 3 // 2),
                            **common)
@@ -336,6 +373,20 @@ def check_step(distiller: Distiller, teacher: FrozenTeacher | None, mix: data.Mi
         distiller.check(images, targets, teacher, batch_size)
 
 
+def build_optimizer(args: argparse.Namespace, distiller: Distiller) -> torch.optim.Optimizer:
+    groups = optim.parameter_groups(distiller, args.weight_decay, args.layer_decay)
+    return optim.build_optimizer(
+        args.opt, groups, lr=args.lr, betas=tuple(args.opt_betas), eps=args.opt_eps,
+        momentum=args.momentum, nesterov=args.nesterov)
+
+
+def build_masks(args: argparse.Namespace, student: models.VisionModel,
+                optimizer: torch.optim.Optimizer) -> SparseMask:
+    return SparseMask(student, optimizer, total_steps=args.epochs * args.steps_per_epoch,
+                      growth=args.growth, layers=args.sparse_layers, prune_rate=args.prune_rate,
+                      prune_every=args.prune_every, seed=args.seed)
+
+
 def wrap(args: argparse.Namespace, distiller: Distiller, teacher: FrozenTeacher | None,
          device: torch.device) -> tuple[nn.Module, optim.ModelEma | None]:
     """The distiller as the step calls it, and the average of the student if there is one."""
@@ -349,42 +400,6 @@ def wrap(args: argparse.Namespace, distiller: Distiller, teacher: FrozenTeacher 
     return distributed.parallelize(distiller, device), ema
 
 
-def evaluate_teacher(teacher: FrozenTeacher | None, loader: data.Loader,
-                     options: engine.StepOptions) -> tuple[float | None, torch.Tensor | None]:
-    """Top-1 in percent; the class of every image of this process, -1 elsewhere (data set size,)."""
-    if teacher is None:
-        return None, None
-    result = engine.evaluate(teacher, loader, options=options, description="teacher")
-    print_once(f"teacher: top-1 {result.acc1:.2f} %, top-5 {result.acc5:.2f} % on the "
-               f"{result.num_samples:,} validation images, at the student's input size")
-    predictions = torch.full((loader.num_samples,), -1)
-    predictions[result.samples["index"]] = result.samples["top5"][:, 0]
-    return result.acc1, predictions
-
-
-def epoch_record(args: argparse.Namespace, state: engine.TrainState, means: dict[str, float],
-                 results: dict[str, engine.Evaluation], best: list[str], *,
-                 teacher_acc1: float | None, lr: float,
-                 loaders: tuple[data.Loader, data.Loader]) -> dict[str, Any]:
-    """The line of log.txt of the epoch that just ended, under ConvNeXt's key names."""
-    speed = means.pop("images_per_second")
-    record = {"epoch": state.epoch - 1,
-              **{f"train_{name}": value for name, value in means.items()}, **state.metrics()}
-    for suffix, result in results.items():
-        record |= {f"test_loss{suffix}": result.loss, f"test_acc1{suffix}": result.acc1,
-                   f"test_acc5{suffix}": result.acc5}
-        if result.agreement is not None:
-            record[f"agreement{suffix}"] = result.agreement
-        record[f"is_best{suffix}"] = suffix in best
-    record["n_parameters"] = state.distiller.student.num_parameters
-    record["images_per_second"] = speed
-    if args.skip_bad_images:
-        bad = torch.tensor([float(len(loader.bad)) for loader in loaders])
-        record["skipped_train"], record["skipped_test"] = distributed.sum_over_ranks(bad).tolist()
-    return record | {"peak_memory_gib": peak_memory_gib(next(state.distiller.parameters()).device),
-                     "train_lr": lr, "teacher_acc1": teacher_acc1}
-
-
 def print_run(args: argparse.Namespace, state: engine.TrainState, teacher: FrozenTeacher | None,
               device: torch.device, folder: Path, num_val: int) -> None:
     """What will run: networks, loss, and the arithmetic of batch, rate and steps."""
@@ -393,13 +408,14 @@ def print_run(args: argparse.Namespace, state: engine.TrainState, teacher: Froze
     for role, spec, source, model in (("teacher", args.teacher, args.teacher_weights, teacher),
                                       ("student", args.student, args.student_weights, student)):
         if model is not None:
-            size = model.input_size if model.fixed_size else args.input_size
-            stages = " | ".join(f"{info.channels}x{math.ceil(size / info.stride)}^2"
-                                for info in model.feature_info)
-            print_once(f"{role}: {' '.join(spec)}, weights {source}, {model.num_parameters:,} "
-                       f"parameters, stages {stages}{describe_choice(model, device, dtype)}")
+            print_once(f"{role}: {' '.join(spec)}, weights {source}, "
+                       f"{describe_size(model, args.input_size)}"
+                       f"{describe_choice(model, device, dtype)}")
+    if args.freeze:
+        print_once(f"frozen: {state.distiller.describe_frozen()}")
     if args.dry_run:
-        print_once(describe_cost(student, teacher, args.input_size, keeps_average=args.model_ema))
+        print_once(describe_cost(student, teacher, args.input_size, keeps_average=args.model_ema,
+                                 num_moments=1 if args.opt == "sgd" else 2))
     terms = [f"{weights[spec[0]]:g} x " + " ".join(word for word in spec
                                                    if not word.startswith("weight="))
              for spec in args.loss]
@@ -409,6 +425,8 @@ def print_run(args: argparse.Namespace, state: engine.TrainState, teacher: Froze
     print_once(f"{args.train_size:,} images // {args.effective_batch} = {args.steps_per_epoch} "
                f"updates per epoch, {args.epochs * args.steps_per_epoch:,} in {args.epochs} epochs;"
                f" {num_val:,} images to evaluate on")
+    for sentence in optim.describe_shrunk(vars(args), args.defaults, args.chosen):
+        print_once(sentence)
     compiled = "all" if args.compile else "nothing"
     if args.compile_teacher and not args.compile:
         compiled = "teacher"
@@ -423,26 +441,6 @@ def print_run(args: argparse.Namespace, state: engine.TrainState, teacher: Froze
     elif state.epoch >= args.epochs:
         print_once(f"nothing to do: all {args.epochs} epochs are done. Set another --output-dir to "
                    "train again.")
-
-
-def describe_cost(student: models.VisionModel, teacher: FrozenTeacher | None, input_size: int,
-                  keeps_average: bool) -> str:
-    """GiB of parameters in float32, and the teacher's share of a step's MACs: its forward pass and
-    three times the student's make a step (a backward pass is two forward ones)."""
-    copies = 5 if keeps_average else 4  # weights, gradients, two moments of AdamW; the average
-    macs = student.count_macs(input_size)
-    text = (f"student: {copies * student.num_parameters * GIB_PER_FLOAT:.2f} GiB of weights, "
-            f"gradients, optimizer state{' and average' if keeps_average else ''}; "
-            f"{macs / 1e9:.3f} G MACs forward at {input_size} px")
-    if teacher is None:
-        return text
-    size = teacher.input_size if teacher.fixed_size else input_size
-    teacher_macs = teacher.count_macs(size)
-    share = teacher_macs / (teacher_macs + 3 * macs)
-    held = sum(value.nbytes for value in teacher.state_dict().values())
-    return (f"{text}\nteacher: {held / 2 ** 30:.2f} GiB of weights; "
-            f"{teacher_macs / 1e9:.3f} G MACs forward at {size} px, {share:.0%} of a step (its "
-            "forward, and forward and backward of the student)")
 
 
 if __name__ == "__main__":

@@ -3,26 +3,27 @@ that come out."""
 import argparse
 import csv
 import io
-import json
 import math
 import re
+import sys
 import textwrap
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-import yaml
 from PIL import Image
 
 import data
+from data.folders import PARTS
 from models.base import VisionModel
 from models.weights import load_named, load_trained
-from utils.checkpoint import write_atomically, write_text_atomically
 from utils.config import Parser, at_least
 from utils.distributed import DEVICES, setup, world_size
-from utils.registry import UserError, one_line, parse_spec
+from utils.files import write_atomically, write_text_atomically
+from utils.records import read_records, read_yaml
+from utils.registry import UserError, parse_spec
 from utils.rng import fold_seed, generator
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def load_models(checkpoints: Sequence[Path], specs: Sequence[list[str]] | None,
         name = " ".join(spec)
         if source != "published":
             name = f"{name}, {Path(source).name}"
-        networks.append(LoadedModel(name, name, spec, model, {}))
+        networks.append(LoadedModel(name, name, spec, model, {}, model.classes))
     groups = labels or unique_labels([network.label for network in networks])
     for group, found in by_group([network.spec for network in networks], groups).items():
         if any(spec != found[0] for spec in found):
@@ -126,6 +127,9 @@ def load_models(checkpoints: Sequence[Path], specs: Sequence[list[str]] | None,
 def check_fits(networks: Sequence[LoadedModel], input_size: int, flag: str) -> None:
     """Raises UserError where a network's last map would have no whole cell."""
     for network in networks:
+        if not network.model.feature_info:
+            raise UserError(f"{network.label} does not say which feature maps it has, which are "
+                            "looked at here (feature_info of a VisionModel).")
         stride = network.model.feature_info[-1].stride
         if input_size < stride:
             raise UserError(f"{flag} {input_size} is below one cell of {network.label}'s last map, "
@@ -157,7 +161,8 @@ def validation_images(data_set: list[str] | None, data_path: str | None,
         data_set = trained_on[0] if trained_on else ["imagefolder"]
     name, options = parse_spec(data_set, "--data-set")
     split = "val"
-    if name == "imagefolder" and data_path and not (Path(data_path) / split).is_dir():
+    if (name == "imagefolder" and data_path and "split" not in options
+            and not any((Path(data_path) / place).is_dir() for place in PARTS[split])):
         folder = Path(data_path).absolute()
         if (folder / "train").is_dir():
             raise UserError(f"{folder} holds train/ but no val/, whose images are looked at.")
@@ -198,7 +203,26 @@ def shuffled(selection: Selection) -> Selection:
 # Run folders
 
 
-NEEDED = {"teacher": list, "student": list, "loss": list, "epochs": int, "seed": int}
+def is_number(value: Any) -> bool:
+    """Whether it is one that a float can be, no truth value."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def is_percent(value: Any) -> bool:
+    return is_number(value) and 0 <= value <= 100
+
+
+def is_spec(value: Any) -> bool:
+    """Whether it is [NAME, key=value, ...]."""
+    return isinstance(value, list) and bool(value) and all(isinstance(item, str) for item in value)
+
+
+# What is read of a run's settings, and when it is valid.
+NEEDED: dict[str, Callable[[Any], bool]] = {
+    "teacher": is_spec, "student": is_spec,
+    "loss": lambda value: isinstance(value, list) and value and all(map(is_spec, value)),
+    "epochs": lambda value: type(value) is int, "seed": lambda value: type(value) is int,
+    "sparsity": lambda value: value is None or is_number(value)}
 
 
 class Run(NamedTuple):
@@ -225,41 +249,33 @@ def read_runs(folders: list[Path]) -> tuple[list[Run], list[str]]:
 
 def read_run(folder: Path) -> Run:
     """A run folder's settings and its log.txt; UserError where there is none."""
+    for name in ("args.yaml", "log.txt"):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} (no run with a finished epoch: {name} is missing)")
     try:
-        args = yaml.safe_load((folder / "args.yaml").read_text())
-        records = read_records(folder / "log.txt")
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(f"{folder} (no run with a finished epoch: {Path(error.filename).name} is "
-                        "missing)") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{folder} (args.yaml or log.txt is damaged: {one_line(error)})") from None
-    wrong = [name for name, kind in NEEDED.items()
-             if not isinstance(args, dict) or not isinstance(args.get(name), kind)]
+        args = read_yaml(folder / "args.yaml")
+    except UserError as error:
+        raise UserError(f"{folder} (args.yaml is damaged: {str(error).rstrip('.')})") from None
+    wrong = [name for name, is_good in NEEDED.items() if not is_good(args.get(name))]
     if wrong:
         raise UserError(f"{folder} (args.yaml has no valid {', '.join(wrong)})")
-    last = records[-1]
-    return Run(folder, args, last.get("test_acc1_ema", last["test_acc1"]), last["epoch"] + 1,
-               last.get("teacher_acc1"), records)
-
-
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log.txt, at least one. Raises UserError for one that is none."""
-    records = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        try:
-            record = json.loads(line)
-            numbers = [record["epoch"], record["test_acc1"], record.get("test_acc1_ema", 0),
-                       record.get("teacher_acc1") or 0]
-            is_good = all(map(math.isfinite, numbers))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            is_good = False
-        if not is_good:
-            raise UserError(f"{path.parent} (line {number} of {path} is no JSON object with epoch "
-                            "and test_acc1)")
-        records.append(record)
+    try:
+        records = read_records(folder / "log.txt")
+    except OSError as error:
+        raise UserError(f"{folder} (log.txt cannot be read: {error.strerror})") from None
+    except UserError as error:
+        raise UserError(f"{folder} ({error})") from None
     if not records:
-        raise UserError(f"{path.parent} (no finished epoch)")
-    return records
+        raise UserError(f"{folder} (no finished epoch)")
+    for number, record in enumerate(records, 1):
+        if not is_percent(record.get("test_acc1")) or not all(
+                record.get(key) is None or is_percent(record[key])
+                for key in ("test_acc1_ema", "teacher_acc1")):
+            raise UserError(f"{folder} (line {number} of {folder / 'log.txt'} has no valid "
+                            "test_acc1, test_acc1_ema or teacher_acc1)")
+    last = records[-1]
+    acc1 = last["test_acc1"] if last.get("test_acc1_ema") is None else last["test_acc1_ema"]
+    return Run(folder, args, acc1, last["epoch"] + 1, last.get("teacher_acc1"), records)
 
 
 # Files

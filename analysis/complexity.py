@@ -19,12 +19,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import models
-from models.base import VisionModel, run_on_shapes
+from models.base import VisionModel, model_from_spec, run_on_shapes
 from models.sparsity import erk_densities, maskable
 from models.weights import load_named, load_trained
 from utils.config import Parser, at_least, below_one, program
 from utils.log import markdown_table
-from utils.registry import UserError, parse_spec
+from utils.registry import UserError
 
 ACTIVATIONS = "(activations with each other)"  # attention
 REST = "(norms, scales, embeddings)"
@@ -136,9 +136,8 @@ def table(specs: list[list[str]], num_classes: int, input_size: int | None = Non
 
 def meta_model(spec: list[str], num_classes: int) -> VisionModel:
     """The network without memory for its weights."""
-    name, options = parse_spec(spec, "--model")
     with torch.device("meta"):
-        return models.create_model(name, num_classes, **options)
+        return model_from_spec(spec, "--model", num_classes)
 
 
 def build_parser() -> Parser:

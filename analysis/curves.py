@@ -4,11 +4,10 @@
     python -m analysis.curves runs/A runs/B --also agreement train_lr --out a_and_b
 """
 import argparse
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from analysis.common import (
     NO_PLOTS,
@@ -18,13 +17,14 @@ from analysis.common import (
     csv_text,
     figure_class,
     in_lines,
+    is_number,
     panels,
     read_runs,
     save_figure,
     unique_labels,
 )
-from utils.checkpoint import write_text_atomically
 from utils.config import Parser, program
+from utils.files import write_text_atomically
 from utils.registry import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -60,10 +60,6 @@ def chosen_keys(runs: Sequence[Run], also: Sequence[str]) -> list[str]:
                             f"{did_you_mean(key, known)} There are: {', '.join(known)}.")
     wanted = [*ACCURACY, *(term for run in runs for term in loss_terms(run)), *also]
     return [key for key in dict.fromkeys(wanted) if key in known]
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def table_rows(runs: Mapping[str, Run], keys: Sequence[str]) -> list[Row]:

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 import data
-import models
 from analysis.common import (
     NO_PLOTS,
     LoadedModel,
@@ -46,16 +45,17 @@ from analysis.common import (
     unique_labels,
     validation_images,
 )
-from models.base import VisionModel
-from utils.config import Parser, at_least, program
+from models.base import VisionModel, model_from_spec
+from utils.config import Parser, at_least, between, program
 from utils.log import markdown_table, progress
-from utils.registry import UserError, one_line, parse_spec
+from utils.registry import UserError, one_line
 from utils.rng import fold_seed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 THRESHOLDS = (0.2, 0.3, 0.5, 0.99)
+LARGEST_MAP = 2 ** 26  # values of a map from a file
 SCALES = {"log": lambda contribution: np.log10(contribution + 1), "linear": lambda map_: map_}
 
 
@@ -156,15 +156,23 @@ def measure_network(network: LoadedModel, loader: data.Loader, device: torch.dev
 def read_field(path: Path) -> Field:
     """A mean map from a file, of which nothing else is known. Raises UserError for what is none."""
     try:
-        matrix = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"--matrix {path} is no readable .npy file ({one_line(error)}).") from None
-    if not (isinstance(matrix, np.ndarray) and matrix.ndim == 2 and matrix.size
-            and np.issubdtype(matrix.dtype, np.number) and np.isfinite(matrix).all()
-            and matrix.min() >= 0 and matrix.max() > 0):
-        shape = getattr(matrix, "shape", "several arrays")
+        loaded = np.load(path, allow_pickle=False, mmap_mode="r")  # nothing is read yet
+    except Exception as error:  # of a damaged header: what Python's own parser raises
+        raise UserError(f"--matrix {path} is no readable .npy file ({one_line(error)[:200]})."
+                        ) from None
+    if not (isinstance(loaded, np.ndarray) and loaded.ndim == 2 and loaded.dtype.kind in "fiu"):
+        shape = getattr(loaded, "shape", "several arrays")
+        raise UserError(f"--matrix {path} must be one map (H, W) of real numbers; got {shape}, "
+                        f"{getattr(loaded, 'dtype', '')}.")
+    if loaded.size > LARGEST_MAP:
+        raise UserError(f"--matrix {path} has {loaded.size:,} values; a map of an image has at "
+                        f"most {LARGEST_MAP:,}.")
+    with np.errstate(over="ignore"):
+        matrix = np.array(loaded, np.float64)
+        is_map = matrix.size and matrix.min() >= 0 and 0 < matrix.sum() < np.inf  # no NaN is
+    if not is_map:
         raise UserError(f"--matrix {path} must be one map (H, W) of finite numbers of at least 0, "
-                        f"not all of them 0; got {shape}, {getattr(matrix, 'dtype', '')}.")
+                        "not all of them 0, with a finite sum.")
     return Field(matrix, None, 0, {scale: [] for scale in SCALES})
 
 
@@ -302,9 +310,8 @@ def controls(networks: Sequence[LoadedModel], seed: int) -> list[LoadedModel]:
                         "name, or --no-control.")
     found = []
     for (spec, num_classes, seed_), label, group in zip(keys, unique_labels(groups), groups):
-        name, options = parse_spec(list(spec), "--model")
         torch.manual_seed(fold_seed(seed_, "student"))
-        model = models.create_model(name, num_classes, **options)
+        model = model_from_spec(list(spec), "--model", num_classes)
         found.append(LoadedModel(label, group, list(spec), model, {}))
     return found
 
@@ -331,7 +338,8 @@ def build_parser() -> Parser:
     flag("--batch-size", type=at_least(1), default=1, help="images at a time")
     flag("--control", action=argparse.BooleanOptionalAction, default=True,
          help="also measure each architecture with random weights")
-    flag("--seed", type=int, default=0, help="of random weights where no run says its own")
+    flag("--seed", type=between(0, 2 ** 63 - 1), default=0,
+         help="of random weights where no run says its own")
     add_output_flags(parser, "erf", "FOLDER", "where everything goes")
     return parser
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from analysis.common import Run, csv_text, read_runs
-from utils.checkpoint import FREE_ON_RESUME, write_text_atomically
+from utils.checkpoint import FREE_ON_RESUME
 from utils.config import Parser, program
+from utils.files import write_text_atomically
 from utils.log import markdown_table
 from utils.registry import UserError
 
@@ -30,6 +31,7 @@ DEFINITIONS = """\
 - relative gain: direct gain / (teacher top-1 - supervised top-1); 1 is the teacher's accuracy. '-'
   where that lead is unknown or, to two decimals, not positive: the ratio is undefined or misleading
   when the student already equals the teacher."""
+DIFFERS = "- differs in: the settings in which rows of the same names and epochs are not alike."
 
 
 class Row(NamedTuple):
@@ -38,6 +40,7 @@ class Row(NamedTuple):
     teacher_acc1: float | None
     student: str
     loss: str
+    differs: str  # settings in which it is not like other rows of these names and epochs
     epochs: int
     n: int  # seeds
     acc1: float
@@ -116,6 +119,20 @@ def find_baseline(run: Run, groups: list[list[Run]]) -> tuple[float | None, str]
                   f"{nearest[0].folder}, {described(settings(nearest[0]), names)})")
 
 
+def names_of(run: Run) -> tuple:
+    """What a row says of a run without its other settings."""
+    return tuple(str(run.args.get(name)) for name in ("teacher", "student", "sparsity", "loss",
+                                                      "epochs"))
+
+
+def what_differs(run: Run, groups: list[list[Run]]) -> str:
+    """'lr 0.01': in what it is not like the groups of the same names and epochs."""
+    own = settings(run)
+    names = [name for group in groups if names_of(group[0]) == names_of(run)
+             for name in differing(own, settings(group[0]))]
+    return described(own, sorted(set(names)))
+
+
 def make_row(group: list[Run], groups: list[list[Run]]) -> Row:
     run, acc1 = group[0], statistics.mean(run.acc1 for run in group)
     baseline, not_compared = (None, "") if is_supervised(run) else find_baseline(run, groups)
@@ -131,23 +148,30 @@ def make_row(group: list[Run], groups: list[list[Run]]) -> Row:
             relative = direct / (teacher - baseline)
     std = statistics.stdev(run.acc1 for run in group) if len(group) > 1 else None
     return Row(" ".join(run.args["teacher"]), teacher, student,
-               " + ".join(" ".join(spec) for spec in run.args["loss"]), run.args["epochs"],
-               len(group), acc1, std, direct, relative, not_compared,
-               ", ".join(str(run.folder) for run in group))
+               " + ".join(" ".join(spec) for spec in run.args["loss"]),
+               what_differs(run, groups), run.args["epochs"], len(group), acc1, std, direct,
+               relative, not_compared, ", ".join(str(run.folder) for run in group))
 
 
-def table(rows: list[Row]) -> str:
-    header = ["teacher", "teacher top-1", "student", "loss", "epochs", "n", "top-1 %",
-              "direct gain", "relative gain"]
+def cells(rows: list[Row]) -> tuple[list[str], list[list[str]], int]:
+    """Header and lines of a table, and how many columns are text; without `differs in` where
+    nothing does."""
+    is_told = any(row.differs for row in rows)
+    header = ["teacher", "teacher top-1", "student", "loss", *["differs in"] * is_told, "epochs",
+              "n", "top-1 %", "direct gain", "relative gain"]
     lines = []
     for row in rows:
         acc1 = f"{row.acc1:.2f}"
         if row.acc1_std is not None:
             acc1 += f" +- {row.acc1_std:.2f}"
         lines.append([row.teacher, number(row.teacher_acc1, ".2f"), row.student, row.loss,
-                      str(row.epochs), str(row.n), acc1, number(row.direct_gain, "+.2f"),
-                      number(row.relative_gain, "+.2f")])
-    return markdown_table(header, lines, num_text_columns=4)
+                      *[row.differs or "-"] * is_told, str(row.epochs), str(row.n), acc1,
+                      number(row.direct_gain, "+.2f"), number(row.relative_gain, "+.2f")])
+    return header, lines, header.index("epochs")
+
+
+def table(rows: list[Row]) -> str:
+    return markdown_table(*cells(rows))
 
 
 def number(value: float | None, form: str) -> str:
@@ -158,26 +182,29 @@ def markdown(rows: list[Row], left_out: list[str]) -> str:
     """The table and its definitions; apart from it, what could not be compared and why."""
     compared = [row for row in rows if not row.not_compared]
     others = [row for row in rows if row.not_compared]
+    definitions = DEFINITIONS
+    if any(row.differs for row in rows):
+        definitions += f"\n{DIFFERS}"
     parts = []
     if compared:
-        parts += [table(compared), DEFINITIONS]
+        parts += [table(compared), definitions]
     if others:
         parts += ["Without a supervised run to compare with:", table(others),
                   "\n".join(f"- {row.runs}: {row.not_compared}" for row in others)]
     if not compared:
-        parts.append(DEFINITIONS)
-    names = [(row.teacher, row.student, row.loss, row.epochs) for row in compared]
-    notes = [f"- same names, other settings: {row.acc1:.2f} is {row.runs}"
-             for row, name in zip(compared, names) if names.count(name) > 1]
-    notes += [f"- left out: {reason}" for reason in left_out]
+        parts.append(definitions)
+    notes = [f"- left out: {reason}" for reason in left_out]
     return "\n\n".join(parts + ["\n".join(notes)]).rstrip()
 
 
-def write_files(base: Path, texts: dict[str, str]) -> None:
-    """`texts` by suffix. UserError for a folder that is not there, or a file of another kind."""
+def check_out(base: Path) -> None:
     if not base.name or not base.parent.is_dir():
         raise UserError(f"--out {base} is no name in an existing folder; make {base.parent} or "
                         "name another.")
+
+
+def write_files(base: Path, texts: dict[str, str]) -> None:
+    """`texts` by suffix. UserError where there is a file of another kind."""
     files = {Path(f"{base}{suffix}"): text for suffix, text in texts.items()}
     for path, text in files.items():
         if path.exists() and not starts_with(path, text.splitlines()[0]):
@@ -204,6 +231,8 @@ def build_parser() -> Parser:
 
 @program("analysis.report", build_parser)
 def main(args: argparse.Namespace) -> int:
+    if args.out is not None:
+        check_out(args.out)
     runs, unreadable = read_runs(args.runs)
     groups, left_out = group_runs(runs)
     rows = [make_row(group, groups) for group in groups]

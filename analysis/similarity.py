@@ -43,6 +43,8 @@ from analysis.common import (
 )
 from models.base import IMAGENET_MEAN, IMAGENET_STD
 from models.distiller import FrozenTeacher
+from models.weights import Trained
+from utils.classes import match
 from utils.config import Parser, at_least, program
 from utils.log import markdown_table, progress
 from utils.registry import UserError
@@ -138,10 +140,20 @@ class Pair(NamedTuple):
     num_for_cka: int
 
 
-def have_same_classes(first: LoadedModel, other: LoadedModel) -> bool:
-    if None in (first.classes, other.classes):
-        return first.model.num_classes == other.model.num_classes
-    return first.classes == other.classes
+def common_labels(first: LoadedModel, other: LoadedModel) -> tuple[list[int], list[int]] | None:
+    """Of the classes that both know, matched by name, the labels of each network; None unless they
+    are all classes of one of the two. Networks that name none, of as many, are taken as equal."""
+    networks = [first, other]
+    # What the classes of the one are in the other: first the one with fewer, which names them.
+    networks.sort(key=lambda network: (network.model.num_classes, network.classes is None))
+    few, many = networks
+    number = few.model.num_classes
+    wanted = few.classes or [str(label) for label in range(number)]
+    try:
+        labels = match(many.classes, many.model.num_classes, wanted)
+    except UserError:
+        return None
+    return (list(range(number)), labels)[::1 if few is first else -1] if number else None
 
 
 @torch.no_grad()
@@ -154,8 +166,12 @@ def compare(networks: Sequence[LoadedModel], loader: data.Loader, device: torch.
                 for network in networks]
     num_stages = [len(network.model.feature_info) for network in networks]
     alignments = [MinibatchCKA(num_stages[0], number) for number in num_stages[1:]]
-    predictions = [PredictionSums() if have_same_classes(networks[0], other) else None
-                   for other in networks[1:]]
+    common = [common_labels(networks[0], other) for other in networks[1:]]
+    predictions = [None if labels is None else PredictionSums() for labels in common]
+    for other, labels in zip(networks[1:], common):
+        if labels is not None and labels[0] != labels[1]:
+            print(f"{other.label}: its predictions are compared on {len(labels[0])} classes, "
+                  "matched by name")
     transform = data.BatchTransform(IMAGENET_MEAN, IMAGENET_STD, device)
     num_images = num_for_cka = 0
     with progress("compare", len(loader)) as bar:
@@ -167,9 +183,9 @@ def compare(networks: Sequence[LoadedModel], loader: data.Loader, device: torch.
                 continue
             num_images += len(images)
             first, *others = [teacher.forward_with_features(images) for teacher in teachers]
-            for sums, other in zip(predictions, others):
+            for sums, labels, other in zip(predictions, common, others):
                 if sums is not None:
-                    sums.add(first.logits, other.logits)
+                    sums.add(first.logits[:, labels[0]], other.logits[:, labels[1]])
             if len(images) == batch_size:
                 num_for_cka += len(images)
                 grams = [gram(feature) for feature in first.features]
@@ -295,7 +311,8 @@ def build_parser() -> Parser:
          help="validation images; default: all")
     flag("--input-size", type=at_least(1), default=None,
          help="by default the first's own, else 224 px")
-    flag("--crop-pct", type=float, default=None, help="by default the first's own, else 224/256")
+    flag("--crop-pct", type=float, default=None,
+         help="by default as the first is evaluated, else 224/256")
     flag("--batch-size", type=at_least(SMALLEST_BATCH), default=64,
          help="images at a time, and for each CKA estimate")
     add_output_flags(parser, "similarity", "FOLDER", "where everything goes")
@@ -311,9 +328,11 @@ def main(args: argparse.Namespace) -> int:
         raise UserError(f"two networks at least are compared; got {len(networks)}. Name more with "
                         "--checkpoint, or with --model and --weights.")
     first = networks[0]
-    size = args.input_size or first.settings.get("input_size", first.model.input_size)
+    how = Trained(first.model, first.settings, None).preprocessing(args.input_size)
+    size = how["input_size"]
     check_fits(networks, size, "--input-size")
-    crop_pct = first.settings.get("crop_pct") if args.crop_pct is None else args.crop_pct
+    if args.crop_pct is not None:
+        how |= {"crop_pct": args.crop_pct, "resize": None}
     source = validation_images(args.data_set, args.data_path, networks)
     if len(source) < SMALLEST_BATCH:
         raise UserError(f"CKA needs {SMALLEST_BATCH} validation images at least; there are "
@@ -321,7 +340,7 @@ def main(args: argparse.Namespace) -> int:
     source = shuffled(select(source, args.images or len(source), args.spread))
     batch_size = min(args.batch_size, len(source))
     loader = data.eval_loader(
-        source, data.eval_transform(size, crop_pct=crop_pct), batch_size=batch_size,
+        source, data.eval_transform(**how), batch_size=batch_size,
         num_workers=args.num_workers, skip_bad_images=args.skip_bad_images)
     arrays = [args.out / f"cka-{number}.npy" for number in range(1, len(networks))]
     tables = [args.out / f"similarity.{end}" for end in ("md", "csv", "png")]

@@ -1,23 +1,25 @@
 """Batches for training and for evaluation, each sample's randomness a function of its key."""
 import math
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from data.batch import Batch, ImageBatch, Sample, collate
 from data.datasets import ImageSource
+from data.images import StorageFault, to_rgb
 from data.transforms import Transform
 from utils.distributed import num_cores, rank, world_size
 from utils.log import print_from_any
 from utils.registry import UserError
 from utils.rng import generator, seeded
 
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-Key = tuple[int, int]  # (epoch, index)
+Key = tuple[int, int]  # (epoch, index); an image's repetition number r is index + r * samples
+REPEATS = 3  # of repeated augmentation, as in DeiT
+MOST_FAULTS = 3  # of the storage, one after the other, before it is given up
 FREED_BLOCKS = 8  # images of a worker whose memory is used again
 
 
@@ -34,12 +36,19 @@ class Samples(Dataset):
 
     def __getitem__(self, key: Key) -> Sample:
         epoch, index = key
+        first, num_faults = index % len(self.source), 0
         for offset in range(len(self.source)):
             with seeded(self.seed, "augment", epoch, index):
                 try:
-                    image, label = self.source.load((index + offset) % len(self.source))
+                    image, label = self.source.load((first + offset) % len(self.source))
                     image = self.transform.read(image)
-                except UNREADABLE:
+                except OSError as error:
+                    num_faults += isinstance(error, StorageFault)
+                    if num_faults == MOST_FAULTS:
+                        raise UserError(
+                            f"{num_faults} images after {self.source.name_of(first)} could not be "
+                            f"read in several tries ({error}): what they lie on fails, not they. "
+                            "Look at the disk or the network, then start again.") from None
                     continue
                 pixels, erasure = self.transform.finish(image)
                 return Sample(pixels, erasure, label, index, readable=offset == 0)
@@ -49,25 +58,38 @@ class Samples(Dataset):
 
 class TrainKeys:
     """Batches of keys of this process for one epoch, from any micro-batch on, without touching the
-    samples before it. The global batches do not depend on how many processes share them."""
+    samples before it. The global batches do not depend on how many processes share them.
 
-    def __init__(self, num_samples: int, batch_size: int, num_batches: int, seed: int) -> None:
+    `repeated`: repeated augmentation (Hoffer et al. 2020, arXiv 1901.09335). An epoch takes a part
+    of the images, each REPEATS times in a row with other augmentations; as in DeiT, neighbours go
+    to different processes.
+    """
+
+    def __init__(self, num_samples: int, batch_size: int, num_batches: int, seed: int,
+                 repeated: bool = False) -> None:
         self.num_samples, self.batch_size, self.num_batches = num_samples, batch_size, num_batches
-        self.seed, self.epoch, self.start = seed, 0, 0
+        self.seed, self.repeated, self.epoch, self.start = seed, repeated, 0, 0
 
     def __len__(self) -> int:
         return self.num_batches - self.start
 
     def __iter__(self) -> Iterator[list[Key]]:
         order = torch.randperm(self.num_samples,
-                               generator=generator(self.seed, "shuffle", self.epoch)).tolist()
+                               generator=generator(self.seed, "shuffle", self.epoch))
         for batch in range(self.start, self.num_batches):
             first = (batch * world_size() + rank()) * self.batch_size
-            yield [(self.epoch, index) for index in order[first:first + self.batch_size]]
+            indices = order[first:first + self.batch_size]
+            if self.repeated:
+                places = (batch * self.batch_size + torch.arange(self.batch_size)) * world_size()
+                places += rank()
+                indices = order[places // REPEATS] + places % REPEATS * self.num_samples
+            yield [(self.epoch, index) for index in indices.tolist()]
 
 
 class EvalKeys:
     """Every sample exactly once over all processes: rank r takes r, r + world, r + 2 world, ..."""
+
+    epoch = 0
 
     def __init__(self, num_samples: int, batch_size: int) -> None:
         self.indices = range(rank(), num_samples, world_size())
@@ -78,14 +100,15 @@ class EvalKeys:
 
     def __iter__(self) -> Iterator[list[Key]]:
         for first in range(0, len(self.indices), self.batch_size):
-            yield [(0, index) for index in self.indices[first:first + self.batch_size]]
+            yield [(self.epoch, index) for index in self.indices[first:first + self.batch_size]]
 
 
 class Loader:
     """Iterates over the batches that `keys` names.
 
     An unreadable image ends the run with its name unless `skip_bad_images`; then it is reported
-    once, and the batch says where another stands in for it. More workers than processor cores are
+    once, and the batch says where another stands in for it. What can be read at a second try is in
+    its place again. More workers than processor cores are
     not started.
     """
 
@@ -95,7 +118,7 @@ class Loader:
         self.bad: set[int] = set()
         num_workers = min(num_workers, num_cores())
         self.loader = DataLoader(samples, batch_sampler=keys, num_workers=num_workers,
-                                 persistent_workers=num_workers > 0, collate_fn=collate,
+                                 persistent_workers=num_workers > 0, collate_fn=_collate,
                                  pin_memory=pin_memory, worker_init_fn=_start_worker)
 
     def __len__(self) -> int:
@@ -114,15 +137,13 @@ class Loader:
         """Images and labels that the iteration begins with, `most` at most, without beginning it.
         """
         keys = next(iter(self.keys))[:most]
-        batch = collate([self.samples[key] for key in keys])
-        self._note_unreadable(batch)
+        batch = self._checked(collate([self.samples[key] for key in keys]))
         return batch.images, batch.labels
 
     def __iter__(self) -> Iterator[Batch]:
         try:
             for batch in self.loader:
-                self._note_unreadable(batch)
-                yield batch
+                yield self._checked(batch)
         except UserError as error:  # from a worker it comes wrapped in the worker's traceback
             raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
 
@@ -132,29 +153,37 @@ class Loader:
             self.loader._iterator._shutdown_workers()
             self.loader._iterator = None
 
-    def _note_unreadable(self, batch: Batch) -> None:
-        """Report each unreadable image once. Raises UserError unless they are to be skipped."""
-        source = self.samples.source
-        for index in batch.indices[~batch.readable].tolist():
+    def _checked(self, batch: Batch) -> Batch:
+        """The batch, read once more where what could not be read by now can be. Reports each
+        unreadable image once. Raises UserError unless they are to be skipped."""
+        source, has_passed = self.samples.source, False
+        for index in (batch.indices[~batch.readable] % len(source)).tolist():
             if index in self.bad:
                 continue
-            self.bad.add(index)
             try:
-                source.load(index)[0].load()
-                reason = "it could be read at a second try"
-            except UNREADABLE as error:
-                reason = str(error)
-            message = f"cannot read the image {source.name_of(index)} ({reason})"
-            if not self.skip_bad_images:
-                raise UserError(f"{message}. Repair or remove it, or pass --skip-bad-images.")
-            print_from_any(f"{message}; skipped, {len(self.bad)} so far")
+                to_rgb(source.load(index)[0])
+            except OSError as error:
+                message = f"cannot read the image {source.name_of(index)} ({error})"
+                if not self.skip_bad_images:
+                    raise UserError(f"{message}. Repair or remove it, or pass --skip-bad-images."
+                                    ) from None
+                self.bad.add(index)
+                print_from_any(f"{message}; skipped, {len(self.bad)} so far")
+            else:
+                print_from_any(f"{source.name_of(index)} could be read at a second try")
+                has_passed = True
+        if not has_passed:
+            return batch
+        keys = [(self.keys.epoch, index) for index in batch.indices.tolist()]
+        return self._checked(collate([self.samples[key] for key in keys]))
 
 
 def train_loader(source: ImageSource, transform: Transform, *, batch_size: int, num_batches: int,
-                 seed: int, num_workers: int, skip_bad_images: bool, pin_memory: bool) -> Loader:
+                 seed: int, num_workers: int, skip_bad_images: bool, pin_memory: bool,
+                 repeated_aug: bool = False) -> Loader:
     """`num_batches` batches of `batch_size` per process and epoch; the rest of the epoch's samples
     is left out, as in the published runs."""
-    keys = TrainKeys(len(source), batch_size, num_batches, seed)
+    keys = TrainKeys(len(source), batch_size, num_batches, seed, repeated_aug)
     return Loader(Samples(source, transform, seed), keys, num_workers=num_workers,
                   skip_bad_images=skip_bad_images, pin_memory=pin_memory)
 
@@ -164,6 +193,17 @@ def eval_loader(source: ImageSource, transform: Transform, *, batch_size: int, n
     """Every sample once, in order, shared among the processes without padding."""
     return Loader(Samples(source, transform, seed=0), EvalKeys(len(source), batch_size),
                   num_workers=num_workers, skip_bad_images=skip_bad_images, pin_memory=pin_memory)
+
+
+def _collate(samples: Sequence[Sample]) -> Batch:
+    batch = collate(samples)
+    if get_worker_info() is not None:
+        # Here a lack of shared memory is an error that reaches the main process. The thread that
+        # hands batches over, which would do it otherwise, drops the batch, and the loader waits.
+        images = batch.images
+        for tensor in (images.pixels, images.erased, batch.labels, batch.indices, batch.readable):
+            tensor.share_memory_()
+    return batch
 
 
 def _start_worker(worker: int) -> None:

@@ -120,6 +120,9 @@ class Outlines(ImageSource):
         radius = rng.uniform(*RADIUS) * scale
         return Image.fromarray(_paint(rng, dots, radius, self.image_size)), label
 
+    def label(self, index: int) -> int:
+        return index % len(self.classes)
+
     def name_of(self, index: int) -> str:
         return f"outlines {self.split} sample {index} (seed {self.seed})"
 
@@ -143,12 +146,12 @@ class Outlines(ImageSource):
 
 
 @register_dataset("outlines")
-def outlines(split: str, data_path: str | None, train_size: int = 10_000, val_size: int = 2_000,
+def outlines(part: str, data_path: str | None, train_size: int = 10_000, val_size: int = 2_000,
              seed: int = 0, image_size: int = 64) -> Outlines:
     if data_path is not None:
         raise UserError(f"--data-set outlines draws its images itself; leave out --data-path "
                         f"{data_path}.")
-    return Outlines(split, train_size if split == "train" else val_size, seed, image_size)
+    return Outlines(part, train_size if part == "train" else val_size, seed, image_size)
 
 
 def _rotation(angle: float) -> np.ndarray:

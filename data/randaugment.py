@@ -1,4 +1,5 @@
-"""RandAugment with the 'increasing' operations, written as `rand-m9-mstd0.5-inc1`.
+"""What --aa names: RandAugment with the 'increasing' operations, written as `rand-m9-mstd0.5-inc1`;
+`ta`, TrivialAugment; `3a`, DeiT III's three augmentations.
 
 Cubuk et al., RandAugment (arXiv 1909.13719), in the variant DeiT and ConvNeXt train with: a
 larger magnitude always distorts more. Operations and ranges are those of timm 0.6. Images are RGB;
@@ -10,7 +11,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from torchvision import transforms as T
 
 from utils.registry import UnknownName, UserError
 
@@ -121,7 +123,38 @@ class RandAugment:
         return image
 
 
-def parse_policy(policy: str) -> RandAugment:
+class ThreeAugment:
+    """Grey, solarised (from 128 on) or blurred (Gaussian, radius 0.1 to 2 px), one of the three for
+    every image; then brightness, contrast and saturation by up to 0.3 (DeiT III, Touvron et al.
+    2022, arXiv 2204.07118, section 3.2, and --color-jitter 0.3 of its commands). Every draw comes
+    from torch's global CPU generator."""
+
+    def __init__(self) -> None:
+        self.jitter = T.ColorJitter(0.3, 0.3, 0.3)
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        chosen, share = int(torch.randint(3, ())), float(torch.rand(()))
+        if chosen == 0:
+            image = ImageOps.grayscale(image).convert("RGB")
+        elif chosen == 1:
+            image = ImageOps.solarize(image)
+        else:
+            image = image.filter(ImageFilter.GaussianBlur(0.1 + 1.9 * share))
+        return self.jitter(image)
+
+
+def parse_policy(policy: str) -> Callable[[Image.Image], Image.Image]:
+    """What a word of --aa names: `ta`, `3a`, or a RandAugment of timm's policy strings.
+
+    `ta` is torchvision's TrivialAugmentWide (Mueller and Hutter 2021, arXiv 2103.10158) with
+    bilinear interpolation, as in torchvision's recipes. Raises UserError for any other word.
+    """
+    if policy == "ta":
+        return T.TrivialAugmentWide(interpolation=T.InterpolationMode.BILINEAR)
+    return ThreeAugment() if policy == "3a" else parse_randaugment(policy)
+
+
+def parse_randaugment(policy: str) -> RandAugment:
     """The RandAugment that a timm policy string such as "rand-m9-mstd0.5-inc1" describes.
 
     Parts left out mean what they mean in timm, not the defaults of the class: m10, mstd0, n2, p0.5.
@@ -132,7 +165,8 @@ def parse_policy(policy: str) -> RandAugment:
                   'operations, required); for example "rand-m9-mstd0.5-inc1".')
     head, *parts = policy.split("-")
     if head != "rand":
-        raise UserError(f"augmentation policy {policy!r} does not begin with 'rand'. {understood}")
+        raise UserError(f"augmentation policy {policy!r} is none of none, ta, 3a, and does not "
+                        f"begin with 'rand'. {understood}")
     values, seen = {"m": 10.0, "mstd": 0.0, "n": 2.0, "p": 0.5}, set()
     for part in parts:
         match = re.fullmatch(r"(mstd|m|n|p|inc)(\d+(?:\.\d+)?|\.\d+)", part)

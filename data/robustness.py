@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from data.datasets import ImageSource, Metric, read_image, refuse_empty, register_dataset
+from data.datasets import Metric, register_dataset
+from data.folders import FolderImages, entries_of, refuse_empty
+from utils.classes import imagenet_wnids, shortened
 from utils.log import print_once
 from utils.registry import UserError, did_you_mean
 
@@ -43,7 +43,7 @@ class ClassFolder(NamedTuple):
     wnid: str
 
 
-class ClassFolders(ImageSource):
+class ClassFolders(FolderImages):
     """The images of some folders, in their order. The label is the wnid's place among the sorted
     ones until `align` makes it a model's.
 
@@ -53,27 +53,11 @@ class ClassFolders(ImageSource):
 
     def __init__(self, title: str, folders: Sequence[ClassFolder], num_published: int = 1000
                  ) -> None:
+        super().__init__([folder.path for folder in folders], [folder.wnid for folder in folders])
+        refuse_empty(self, "Fill or remove them.")
         self.title, self.num_published = title, num_published
-        self.folders = list(folders)
-        self.classes = sorted({folder.wnid for folder in folders})
+        self.relabel(sorted({*self.own}))
         self.num_present = len(self.classes)  # of those published
-        self.labels = self.labels_of([folder.wnid for folder in self.folders])  # of each folder
-        # Arrays, as ImageNet-C has 3,750,000 images: every loader process would come to hold a
-        # list's objects once more.
-        names = [image_names(folder.path) for folder in folders]
-        refuse_empty([folder.path for folder, found in zip(folders, names) if not len(found)])
-        self.names = np.concatenate(names)
-        self.folder_of = np.repeat(np.arange(len(folders)), [len(found) for found in names])
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def load(self, index: int) -> tuple[Image.Image, int]:
-        return read_image(self.name_of(index)), int(self.labels[self.folder_of[index]])
-
-    def name_of(self, index: int) -> str:
-        return os.path.join(self.folders[self.folder_of[index]].path,
-                            os.fsdecode(self.names[index]))
 
     def align(self, classes: list[str] | None, num_classes: int) -> None:
         """Match by name and leave out the images of classes that the model does not know."""
@@ -81,9 +65,8 @@ class ClassFolders(ImageSource):
         if self.num_present < self.num_published:
             print_once(f"{self.title}: {self.num_present} of its {self.num_published} classes are "
                        "there")
-        self.classes = model_classes(classes, num_classes)
-        self.labels = self.labels_of([folder.wnid for folder in self.folders])
-        is_kept = self.labels[self.folder_of] >= 0
+        self.relabel(model_classes(classes, num_classes))
+        is_kept = self.labels[self.class_of] >= 0
         if not is_kept.any():
             raise UserError(f"the model knows none of the {len(own)} classes of {self.title}: it "
                             f"has {shortened(self.classes)}, the set has {shortened(own)}. They "
@@ -93,14 +76,9 @@ class ClassFolders(ImageSource):
             print_once(f"{self.title}: left out {len(unknown)} of {len(own)} classes, "
                        f"{(~is_kept).sum():,} of {len(self):,} images; the model does not know "
                        "them")
-        self.names, self.folder_of = self.names[is_kept], self.folder_of[is_kept]
+        self.keep(is_kept)
         if self.num_published < 1000:
-            self.competing = np.unique(self.labels[self.folder_of]).tolist()
-
-    def labels_of(self, wnids: Sequence[str]) -> np.ndarray:
-        """-1 where the wnid is not among the classes."""
-        label = {name: number for number, name in enumerate(self.classes)}
-        return np.array([label.get(wnid, -1) for wnid in wnids])
+            self.competing = np.unique(self.labels[self.class_of]).tolist()
 
 
 def class_folders(root: Path, takes_index: bool = False) -> list[ClassFolder]:
@@ -115,8 +93,7 @@ def class_folders(root: Path, takes_index: bool = False) -> list[ClassFolder]:
     if not root.is_dir():
         raise UserError(f"{root} is not a folder; expected one that holds a folder per class: "
                         f"{expected}.")
-    names = [entry.name for entry in os.scandir(root)
-             if entry.is_dir() and not entry.name.startswith(".")]
+    names = [entry.name for entry in entries_of(str(root)) if entry.is_dir()]
     strange = sorted(set(names) - known.keys())
     if strange or not names:
         what = f"the folder(s) {shortened(strange)}" if strange else "no class folders"
@@ -124,18 +101,6 @@ def class_folders(root: Path, takes_index: bool = False) -> list[ClassFolder]:
                         f"{expected}. Point --data-path at the folder that holds those.")
     return sorted((ClassFolder(str(root / name), known[name]) for name in names),
                   key=lambda folder: folder.wnid)
-
-
-def image_names(folder: str) -> np.ndarray:
-    """Of the files in a folder that are images by their ending, as bytes, sorted."""
-    return np.array([os.fsencode(name) for name in sorted(os.listdir(folder))
-                     if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")],
-                    dtype=np.bytes_)
-
-
-def imagenet_wnids() -> list[str]:
-    """Of the 1000 classes, by label."""
-    return Path(__file__).with_name("imagenet_wnids.txt").read_text().split()
 
 
 def model_classes(classes: list[str] | None, num_classes: int) -> list[str]:
@@ -150,14 +115,10 @@ def model_classes(classes: list[str] | None, num_classes: int) -> list[str]:
     return wnids
 
 
-def shortened(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f", ... ({len(names)})" if len(names) > 3 else "")
-
-
-def checked_root(name: str, split: str, data_path: str | None, layout: str) -> Path:
+def checked_root(name: str, part: str, data_path: str | None, layout: str) -> Path:
     """The folder of a test set, `layout` in it as its authors distribute it."""
-    if split != "val":
-        raise UserError(f"--data-set {name} has no images to {split} on: it is a test set for "
+    if part != "val":
+        raise UserError(f"--data-set {name} has no images to {part} on: it is a test set for "
                         "eval.py. Train on another, such as imagefolder.")
     if data_path is None or not Path(data_path).is_dir():
         got = "none" if data_path is None else f"{data_path}, which is no folder"
@@ -167,30 +128,30 @@ def checked_root(name: str, split: str, data_path: str | None, layout: str) -> P
 
 
 @register_dataset("imagenet_a")
-def imagenet_a(split: str, data_path: str | None) -> ClassFolders:
+def imagenet_a(part: str, data_path: str | None) -> ClassFolders:
     """Hendrycks et al., arXiv 1907.07174."""
-    root = checked_root("imagenet_a", split, data_path, "<wnid>/*.jpg")
+    root = checked_root("imagenet_a", part, data_path, "<wnid>/*.jpg")
     return ClassFolders("imagenet_a", class_folders(root), num_published=200)
 
 
 @register_dataset("imagenet_r")
-def imagenet_r(split: str, data_path: str | None) -> ClassFolders:
+def imagenet_r(part: str, data_path: str | None) -> ClassFolders:
     """Hendrycks et al., arXiv 2006.16241."""
-    root = checked_root("imagenet_r", split, data_path, "<wnid>/*.jpg")
+    root = checked_root("imagenet_r", part, data_path, "<wnid>/*.jpg")
     return ClassFolders("imagenet_r", class_folders(root), num_published=200)
 
 
 @register_dataset("imagenet_sketch")
-def imagenet_sketch(split: str, data_path: str | None) -> ClassFolders:
+def imagenet_sketch(part: str, data_path: str | None) -> ClassFolders:
     """Wang et al., arXiv 1905.13549."""
-    root = checked_root("imagenet_sketch", split, data_path, "<wnid>/*.JPEG")
+    root = checked_root("imagenet_sketch", part, data_path, "<wnid>/*.JPEG")
     return ClassFolders("imagenet_sketch", class_folders(root))
 
 
 @register_dataset("imagenet_v2")
-def imagenet_v2(split: str, data_path: str | None) -> ClassFolders:
+def imagenet_v2(part: str, data_path: str | None) -> ClassFolders:
     """Recht et al., arXiv 1902.10811; one of its three folders."""
-    root = checked_root("imagenet_v2", split, data_path, "0/*.jpeg ... 999/*.jpeg")
+    root = checked_root("imagenet_v2", part, data_path, "0/*.jpeg ... 999/*.jpeg")
     return ClassFolders("imagenet_v2", class_folders(root, takes_index=True))
 
 
@@ -198,9 +159,9 @@ def imagenet_v2(split: str, data_path: str | None) -> ClassFolders:
 
 
 @register_dataset("imagenet_real")
-def imagenet_real(split: str, data_path: str | None, labels: str = "") -> ClassFolders:
+def imagenet_real(part: str, data_path: str | None, labels: str = "") -> ClassFolders:
     """Beyer et al., arXiv 2006.07159. `labels`: its real.json, by default the one in data_path."""
-    root = checked_root("imagenet_real", split, data_path, "val/<wnid>/ILSVRC2012_val_*.JPEG")
+    root = checked_root("imagenet_real", part, data_path, "val/<wnid>/ILSVRC2012_val_*.JPEG")
     answers = read_real(Path(labels) if labels else root / "real.json")
     source = ClassFolders("imagenet_real", class_folders(root / "val"))
     source.metric = RealAccuracy(source, answers)
@@ -240,7 +201,7 @@ class RealAccuracy(Metric):
 
     def count(self, indices: Tensor, top5: Tensor) -> Tensor:
         """(2,): hits and images."""
-        known = self.source.labels_of(imagenet_wnids())
+        known = self.source.labels_of(imagenet_wnids(), self.source.classes)
         hits = number = 0
         for index, best in zip(indices.tolist(), top5[:, 0].tolist()):
             accepted = {known[answer] for answer in self.answers[self._number(index)]} - {-1}
@@ -256,7 +217,7 @@ class RealAccuracy(Metric):
 
     def _number(self, index: int) -> int:
         """Of an image in the validation set, from 0."""
-        match = VALIDATION_NAME.fullmatch(os.fsdecode(self.source.names[index]))
+        match = VALIDATION_NAME.fullmatch(os.path.basename(os.fsdecode(self.source.names[index])))
         if not match or not 1 <= int(match[1]) <= NUM_VALIDATION:
             raise UserError(f"{self.source.name_of(index)} is not called "
                             "ILSVRC2012_val_00000001.JPEG to "
@@ -269,11 +230,11 @@ class RealAccuracy(Metric):
 
 
 @register_dataset("imagenet_c")
-def imagenet_c(split: str, data_path: str | None,
+def imagenet_c(part: str, data_path: str | None,
                corruptions: str | tuple[str, ...] | None = None) -> ClassFolders:
     """Hendrycks and Dietterich, arXiv 1903.12261. `corruptions`: these instead of the 15; those
     beyond the 15 do not count in mCE."""
-    root = checked_root("imagenet_c", split, data_path, "<corruption>/<1 ... 5>/<wnid>/*.JPEG")
+    root = checked_root("imagenet_c", part, data_path, "<corruption>/<1 ... 5>/<wnid>/*.JPEG")
     if corruptions is None:
         corruptions = tuple(ALEXNET_ERRORS)
     elif not isinstance(corruptions, tuple):
@@ -294,7 +255,7 @@ def corrupted_folders(root: Path, corruptions: Sequence[str]) -> list[ClassFolde
     """The class folders of the five severities of each corruption, one severity after the other,
     from folders right in `root` or in those that the authors' archives unpack to (blur/, noise/,
     ...). Raises UserError where one is missing or has other classes."""
-    places = [root, *sorted(path for path in root.iterdir() if path.is_dir())]
+    places = [root, *sorted(root / entry.name for entry in entries_of(str(root)) if entry.is_dir())]
     homes = {name: next((place / name for place in places if (place / name).is_dir()), None)
              for name in corruptions}
     missing = []
@@ -333,7 +294,7 @@ class CorruptionError(Metric):
 
     def count(self, indices: Tensor, top5: Tensor) -> Tensor:
         """(2, severities): hits and images."""
-        folder = self.source.folder_of[indices.numpy()]
+        folder = self.source.class_of[indices.numpy()]
         hits = top5[:, 0] == torch.from_numpy(self.source.labels[folder])
         counts = torch.zeros(2, len(self.corruptions) * len(SEVERITIES), dtype=torch.float64)
         return counts.index_add_(1, torch.from_numpy(self.severity_of[folder]),

@@ -16,12 +16,16 @@ from torch import Tensor
 from torchvision import transforms as T
 
 from data.batch import Erasure, draw_erasure
+from data.images import decoding, to_rgb
 from data.randaugment import BICUBIC, parse_policy
 from utils.registry import UserError
 
 SMALL_IMAGE = 32  # up to this input size images are cropped with padding and never resized
 WARP_FROM = 384  # from this input size evaluation sees the whole image, ConvNeXt's rule
 DEFAULT_CROP_PCT = 224 / 256
+FILTERS = ("bicubic", "bilinear")  # of evaluation's resizing
+LARGEST_SIDE = 16384  # pixels: no network of the zoo runs there within the memory of a machine
+MOST_ENLARGED = 16  # times the input size; what a memory holds of an image, too
 CROP_SCALE = (0.08, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
 Box = tuple[int, int, int, int]  # left, top, right, bottom: pixels
@@ -30,7 +34,7 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom: pixels
 class Transform(NamedTuple):
     """An image's way, in two parts: whatever is wrong with its file shows in the first."""
 
-    read: Callable[[Image.Image], Image.Image]  # image, decoded or not -> RGB
+    read: Callable[[Image.Image], Image.Image]  # image, decoded or not -> RGB; raises OSError
     steps: tuple[Callable[[Image.Image], Image.Image], ...]
     random_erasing_prob: float = 0.0
 
@@ -67,44 +71,64 @@ def train_transform(input_size: int, *, auto_augment: str = "rand-m9-mstd0.5-inc
         steps.append(parse_policy(auto_augment))
     if input_size <= SMALL_IMAGE:
         read = to_rgb
-        steps.insert(0, T.RandomCrop(input_size, padding=4))
+        steps.insert(0, T.RandomCrop(input_size, padding=4, pad_if_needed=True))
     else:
         read = RandomResizedCrop(input_size, scale, ratio, fast_decode)
     return Transform(read, tuple(steps), random_erasing_prob)
 
 
-def eval_transform(input_size: int, *, crop_pct: float | None = None) -> Transform:
+def eval_transform(input_size: int, *, crop_pct: float | None = None, resize: int | None = None,
+                   interpolation: str = "bicubic") -> Transform:
     """Image -> uint8 (3, input_size, input_size), nothing random, always decoded whole.
 
-    Short side to int(input_size / crop_pct), then the centre. Without `crop_pct`: 224/256, but
-    384 px and more are warped to the square, and 32 px and less are cropped without resizing.
+    Short side to `resize` px, or int(input_size / crop_pct), then the centre. With neither:
+    224/256, but 384 px and more are warped to the square, and 32 px and less are cropped without
+    resizing. `interpolation`: the filter, one of FILTERS.
     """
     _check_input_size(input_size)
+    if crop_pct is not None and resize is not None:
+        raise UserError(f"the crop {crop_pct} and the short side {resize} px are two ways to say "
+                        "the same; give one.")
+    if interpolation not in FILTERS:
+        raise UserError(f"the filter is {interpolation!r}; it must be {' or '.join(FILTERS)}.")
     centre = T.CenterCrop(input_size)
-    if crop_pct is None:
+    if crop_pct is None and resize is None:
         if input_size >= WARP_FROM:
-            return warp_transform(input_size)
+            return warp_transform(input_size, interpolation)
         if input_size <= SMALL_IMAGE:
             return Transform(to_rgb, (centre,))  # does nothing to an image of the right size
         crop_pct = DEFAULT_CROP_PCT
-    if not 0 < crop_pct <= 1:
-        raise UserError(f"crop_pct is {crop_pct}; it must lie in (0, 1], for example 0.875.")
-    resize = T.Resize(int(input_size / crop_pct), interpolation=T.InterpolationMode.BICUBIC)
-    return Transform(to_rgb, (resize, centre))
+    if resize is None:
+        if not 1 / MOST_ENLARGED <= crop_pct <= 1:
+            raise UserError(f"crop_pct is {crop_pct}; it must lie in [{1 / MOST_ENLARGED}, 1], for "
+                            "example 0.875.")
+        resize = int(input_size / crop_pct)
+    if not input_size <= resize <= MOST_ENLARGED * input_size:
+        raise UserError(f"the short side is resized to {resize} px; for a centre of {input_size} "
+                        f"px it must be {input_size} to {MOST_ENLARGED * input_size}.")
+    return Transform(to_rgb, (_resize(resize, interpolation), centre))
 
 
-def warp_transform(input_size: int) -> Transform:
+def describe_eval(transform: Transform) -> str:
+    """What a transform of eval_transform does with an image, in words."""
+    (first, *rest) = transform.steps
+    if isinstance(first, T.CenterCrop):
+        return "their centre"
+    if not rest:
+        return f"warped to the square ({first.interpolation.value})"
+    return f"short side to {first.size} px ({first.interpolation.value}), then the centre"
+
+
+def warp_transform(input_size: int, interpolation: str = "bicubic") -> Transform:
     """Image -> uint8 (3, input_size, input_size): the whole image, whatever its shape, resized to
     the square."""
     _check_input_size(input_size)
-    square = (input_size, input_size)
-    return Transform(to_rgb, (T.Resize(square, interpolation=T.InterpolationMode.BICUBIC),))
+    return Transform(to_rgb, (_resize((input_size, input_size), interpolation),))
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """The image decoded. Raises what Pillow raises for a file that cannot be."""
-    image.load()
-    return image if image.mode == "RGB" else image.convert("RGB")
+def _resize(size: int | tuple[int, int], interpolation: str) -> T.Resize:
+    """An int is for the short side."""
+    return T.Resize(size, interpolation=T.InterpolationMode(interpolation))
 
 
 class RandomResizedCrop:
@@ -128,7 +152,8 @@ class RandomResizedCrop:
         top, left, height, width = T.RandomResizedCrop.get_params(image, self.scale, self.ratio)
         factor, full_size = decoding_factor(width, height, self.size), image.size
         if self.fast and factor > 1:
-            image.draft("RGB", (full_size[0] // factor, full_size[1] // factor))
+            with decoding():
+                image.draft("RGB", (full_size[0] // factor, full_size[1] // factor))
         if image.size == full_size:  # no JPEG, or decoded before
             factor = 1
         return to_rgb(image), (left, top, left + width, top + height), factor
@@ -158,8 +183,9 @@ def resize_by_integers(image: Image.Image, size: int) -> Image.Image:
 
 
 def _check_input_size(input_size: int) -> None:
-    if int(input_size) != input_size or input_size < 1:
-        raise UserError(f"input size is {input_size}; it must be a whole number of pixels, >= 1.")
+    if not 1 <= input_size <= LARGEST_SIDE or int(input_size) != input_size:
+        raise UserError(f"input size is {input_size}; it must be a whole number of pixels, 1 to "
+                        f"{LARGEST_SIDE}.")
 
 
 def _check_crop(input_size: int, scale: tuple[float, float], ratio: tuple[float, float],

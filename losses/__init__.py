@@ -1,11 +1,11 @@
 """One file per loss, each readable beside its paper. A new one is a file here and its import."""
 from math import isfinite
 
-from losses import ce, dist, dkd, fd, kd, mgd, nkd  # noqa: F401  (importing registers them)
+from losses import bce, ce, dist, dkd, fd, kd, mgd, nkd  # noqa: F401  (importing registers them)
 from losses.base import LOSSES, Loss, Stages
 from utils.registry import UserError, parse_spec
 
-__all__ = ["Loss", "create_loss", "create_losses", "list_losses"]
+__all__ = ["Loss", "create_loss", "create_losses", "list_losses", "need_teacher_logits"]
 
 
 def list_losses() -> list[str]:
@@ -23,6 +23,12 @@ def create_loss(name: str, student_info: Stages, teacher_info: Stages | None = N
                         "Name one with --teacher, or train with --loss ce.")
     stages = {"student_info": student_info, "teacher_info": teacher_info}
     return LOSSES.create(name, stages, **options)
+
+
+def need_teacher_logits(specs: list[list[str]]) -> bool:
+    """Whether a loss of `NAME key=value ...` compares with a teacher's logits."""
+    kinds = [LOSSES.builder(parse_spec(spec, "--loss")[0]) for spec in specs]
+    return any(kind.needs_teacher and kind.needs_teacher_logits for kind in kinds)
 
 
 def create_losses(specs: list[list[str]], student_info: Stages, teacher_info: Stages | None

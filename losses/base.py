@@ -19,6 +19,7 @@ class Loss(nn.Module):
     """
 
     needs_teacher = True  # False: `teacher` may be None
+    needs_teacher_logits = True  # False: those of `teacher` may be None
     trains_logits = True  # False: the student's head gets no gradient from this loss alone
 
     def __init__(self) -> None:  # its arguments are the options of a loss; here, none
@@ -39,6 +40,9 @@ def stage_pairs(name: str, features: int | tuple[int, ...], student_info: Stages
     `name` asks for. Raises UserError."""
     stages = features if isinstance(features, (tuple, list)) else (features,)
     for network, info in (("student", student_info), ("teacher", teacher_info)):
+        if not info:
+            raise UserError(f"--loss {name} compares feature maps, and the {network} does not say "
+                            "which it has (feature_info of a VisionModel). Use losses of logits.")
         wrong = [s for s in stages if type(s) is not int or not -len(info) <= s < len(info)]
         if wrong or not stages:
             raise UserError(f"{name} features={','.join(map(str, stages))}: the {network} has "

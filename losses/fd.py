@@ -22,6 +22,7 @@ class FeatureDistillation(Loss):
     """
 
     trains_logits = False
+    needs_teacher_logits = False
 
     def __init__(self, student_info: Stages, teacher_info: Stages, kind: str = "smooth_l1",
                  beta: float = 2.0, whiten: bool = False, features: int | tuple[int, ...] = -1,

@@ -2,7 +2,8 @@
 
 Module names are those of the published checkpoints (facebookresearch/ConvNeXt).
 """
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,8 @@ from models.layers import (
     pad_to,
     round_up,
 )
-from models.weights import rename_keys
+from models.state_dicts import rename_keys
+from utils.registry import UserError
 
 TINY, SMALL = (3, 3, 9, 3), (3, 3, 27, 3)
 
@@ -97,7 +99,8 @@ class ConvNeXtBlock(nn.Module):
 
 
 class ConvNeXtFrame(VisionModel):
-    """Stem, four stages of blocks with down-sampling between them, pooled norm and head.
+    """Stem, four stages of blocks with down-sampling between them, pooled norm and head. `stem`:
+    patches of 4x4 px as published, or `small`, a 3x3 convolution of stride 1 for images of 32 px.
 
     `make_block(stage, dim, drop_path)` builds a block; `dims` are the final widths.
 
@@ -113,14 +116,19 @@ class ConvNeXtFrame(VisionModel):
 
     def __init__(self, num_classes: int, depths: Sequence[int], dims: Sequence[int],
                  make_block: Callable[[int, int, float], nn.Module], *, drop_path: float,
-                 head_init_scale: float) -> None:
+                 head_init_scale: float, stem: str) -> None:
         super().__init__()
         check_stages(depths, dims)
+        check_stem(stem)
         self.num_classes = num_classes
         self.depths = tuple(depths)
-        self.feature_info = tuple(FeatureInfo(dim, 4 * 2 ** i) for i, dim in enumerate(dims))
-        stem = nn.Sequential(Conv2d(3, dims[0], 4, stride=4), LayerNorm2d(dims[0], eps=1e-6))
-        self.downsample_layers = nn.ModuleList([stem])
+        first = Conv2d(3, dims[0], 4, stride=4)
+        if stem == "small":
+            first = Conv2d(3, dims[0], 3, padding=1)
+        self.feature_info = tuple(FeatureInfo(dim, first.stride[0] * 2 ** i)
+                                  for i, dim in enumerate(dims))
+        self.downsample_layers = nn.ModuleList(
+            [nn.Sequential(first, LayerNorm2d(dims[0], eps=1e-6))])
         for narrow, wide in zip(dims[:-1], dims[1:]):
             self.downsample_layers.append(nn.Sequential(
                 LayerNorm2d(narrow, eps=1e-6), Conv2d(narrow, wide, 2, stride=2)))
@@ -177,9 +185,21 @@ class ConvNeXtFrame(VisionModel):
         self.pooled_dtype = torch.float32
         return self
 
+    @classmethod
+    def options_of(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
+        is_small = state["downsample_layers.0.0.weight"].shape[2] == 3
+        return {"stem": "small"} if is_small else {}
+
     def no_weight_decay(self) -> set[str]:
         """GRN's scale and shift, which are four-dimensional, as its authors train it."""
         return {name for name, _ in self.named_parameters() if ".grn." in name}
+
+    def parts(self) -> list[list[tuple[str, ...]]]:
+        stages = [[(f"stages.{i}.{j}",) for j in range(depth)]
+                  for i, depth in enumerate(self.depths)]
+        for i, stage in enumerate(stages[1:], start=1):
+            stage.insert(0, (f"downsample_layers.{i}",))
+        return [[("downsample_layers.0",)], *stages]
 
     def layer_ids(self) -> dict[str, int]:
         """The published assignment: 12 groups and the head, written for 27 blocks in stage 3."""
@@ -237,6 +257,12 @@ CONVNEXT_NAMES = [
 ]
 
 
+def check_stem(stem: str) -> None:
+    if stem not in ("patch", "small"):
+        raise UserError(f"stem must be patch, as published, or small, for images of 32 px; got "
+                        f"{stem!r}.")
+
+
 def _init_weights(module: nn.Module) -> None:
     if isinstance(module, (nn.Conv2d, nn.Linear)):
         nn.init.trunc_normal_(module.weight, std=0.02)
@@ -255,13 +281,14 @@ class ConvNeXt(ConvNeXtFrame):
 
     def __init__(self, num_classes: int = 1000, depths: Sequence[int] = TINY,
                  dims: Sequence[int] = (96, 192, 384, 768), layer_scale_init: float = 1e-6,
-                 drop_path: float = 0.0, head_init_scale: float = 1.0) -> None:
+                 drop_path: float = 0.0, head_init_scale: float = 1.0,
+                 stem: str = "patch") -> None:
         def make_block(stage: int, dim: int, rate: float) -> nn.Module:
             return ConvNeXtBlock(dim, "dwconv", DepthwiseConv2d(dim, 7), drop_path=rate,
                                  layer_scale_init=layer_scale_init, grn=self.grn)
 
         super().__init__(num_classes, depths, dims, make_block, drop_path=drop_path,
-                         head_init_scale=head_init_scale)
+                         head_init_scale=head_init_scale, stem=stem)
 
     def convert_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Takes the names and shapes of torchvision and timm, too."""
@@ -287,6 +314,6 @@ class ConvNeXtV2(ConvNeXt):
 
     def __init__(self, num_classes: int = 1000, depths: Sequence[int] = TINY,
                  dims: Sequence[int] = (96, 192, 384, 768), drop_path: float = 0.0,
-                 head_init_scale: float = 1.0) -> None:
+                 head_init_scale: float = 1.0, stem: str = "patch") -> None:
         super().__init__(num_classes, depths, dims, layer_scale_init=0.0, drop_path=drop_path,
-                         head_init_scale=head_init_scale)
+                         head_init_scale=head_init_scale, stem=stem)

@@ -132,6 +132,14 @@ class CSWin(VisionModel):
         features[-1] = x.permute(0, 3, 1, 2)
         return ModelOutput(self.head(x.mean((1, 2))), features)
 
+    def parts(self) -> list[list[tuple[str, ...]]]:
+        """A down-sampling belongs to the last block before it, as in Swin."""
+        stages = [[(f"stage{i + 1}.{j}",) for j in range(len(getattr(self, f"stage{i + 1}")))]
+                  for i in range(len(self.feature_info))]
+        for i, stage in enumerate(stages[:-1]):
+            stage[-1] += (f"merge{i + 1}",)
+        return [[("stage1_conv_embed",)], *stages]
+
 
 def _init_weights(module: nn.Module) -> None:
     """As the authors: convolutions keep PyTorch's start."""

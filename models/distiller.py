@@ -1,6 +1,7 @@
 """The teacher, frozen; and everything with a gradient in one module, which DDP wraps once and the
 optimizer sees as one."""
 import copy
+import math
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from utils.registry import UserError, one_line
 IMAGES_AT_A_TIME = 4
 # Channels whose 16-bit values fill 16 bytes: products on matrix units load no less at once.
 WIDTH_MULTIPLE = 8
+GIB_PER_FLOAT = 4 / 2 ** 30
 
 
 def frozen_dtype(amp_dtype: torch.dtype | None, device: torch.device) -> torch.dtype | None:
@@ -27,7 +29,8 @@ class FrozenTeacher(nn.Module):
 
     It takes the batches of the student, normalised with `data_mean` and `data_std`, and gives
     `model` what its weights expect: its own normalisation and, where it is not the usual 224 px or
-    the network accepts no other, their size.
+    the network accepts no other, their size, by the filter of its publisher. What it sees is what
+    the student sees, so their publisher's crop has no part in it, nor when it is evaluated.
 
     `dtype`: a half precision that weights and maps are held in throughout, the caller's autocast
     being left; widths are then filled up to what matrix units take. None: the weights stay as they
@@ -46,7 +49,7 @@ class FrozenTeacher(nn.Module):
             self.model.pad_widths(WIDTH_MULTIPLE).to_half(dtype)
         self.model.to(memory_format=torch.channels_last)
         self.feature_info, self.num_classes = model.feature_info, model.num_classes
-        self.input_size = model.input_size
+        self.input_size, self.input_filter = model.input_size, model.input_filter
         # Whether it resizes all images to that.
         self.fixed_size = model.fixed_size or model.input_size != VisionModel.input_size
         # (p - m) / s from x = (p - dm) / ds is x * (ds / s) + (dm - m) / s.
@@ -76,8 +79,8 @@ class FrozenTeacher(nn.Module):
         self.forward_with_features = torch.compile(self._run)
         return output
 
-    def forward(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) -> logits (N, num_classes)."""
+    def forward(self, images: Tensor) -> Tensor | None:
+        """(N, 3, H, W) -> logits (N, num_classes); None without a classifier (0 classes)."""
         return self._run(images).logits
 
     def forward_with_features(self, images: Tensor) -> ModelOutput:
@@ -89,8 +92,8 @@ class FrozenTeacher(nn.Module):
         if self.renormalises:
             images = images * self.scale + self.shift
         if self.fixed_size and images.shape[-1] != self.input_size:
-            images = F.interpolate(images, (self.input_size, self.input_size), mode="bicubic",
-                                   antialias=True)
+            images = F.interpolate(images, (self.input_size, self.input_size),
+                                   mode=self.input_filter, antialias=True)
         if self.dtype is None:
             return self._in_parts(images)
         with torch.autocast(images.device.type, enabled=False):
@@ -98,23 +101,54 @@ class FrozenTeacher(nn.Module):
 
     def _in_parts(self, images: Tensor) -> ModelOutput:
         if images.device.type != "cpu" or len(images) <= IMAGES_AT_A_TIME:
-            return self.model.forward_with_features(images)
-        parts = [self.model.forward_with_features(part) for part in images.split(IMAGES_AT_A_TIME)]
-        stages = zip(*[part.features for part in parts])
-        return ModelOutput(torch.cat([part.logits for part in parts]),
-                           [torch.cat(maps) for maps in stages])
+            logits, features = self.model.forward_with_features(images)
+        else:
+            parts = [self.model.forward_with_features(part)
+                     for part in images.split(IMAGES_AT_A_TIME)]
+            features = [torch.cat(maps) for maps in zip(*[part.features for part in parts])]
+            logits = torch.cat([part.logits for part in parts]) if self.num_classes else None
+        return ModelOutput(logits if self.num_classes else None, features)
+
+
+def freeze_student(student: VisionModel, what: str) -> list[str]:
+    """Take the gradients from all of `student` but its classifier (`what` is "backbone"), or from
+    its stem and this number of stages. Returns the names of these modules and parameters. Raises
+    UserError for other words."""
+    if what == "backbone":
+        kept = student.classifiers
+        if not kept:
+            raise UserError(f"--freeze backbone: {type(student).__name__} does not say which of "
+                            "its layers is the classifier.")
+        names = [name for name, _ in (*student.named_modules(), *student.named_parameters())
+                 if name and not any(f"{name}.".startswith(f"{other}.")
+                                     or f"{other}.".startswith(f"{name}.") for other in kept)]
+    else:
+        num_stages = len(student.feature_info)
+        if not what.isdecimal() or int(what) > num_stages:
+            raise UserError(f"--freeze must be backbone, or a number of stages, 0 to {num_stages} "
+                            f"for this student; got {what}.")
+        names = [name for part in student.parts()[:int(what) + 1] for block in part
+                 for name in block]
+    for name, parameter in student.named_parameters():
+        if any(f"{name}.".startswith(f"{frozen}.") for frozen in names):
+            parameter.requires_grad_(False)
+    return names
 
 
 class Distiller(nn.Module):
     """The student and the losses, whose projections train with it but are never part of it.
 
     `losses` maps a name to a module called `(student, teacher, targets)`; `weights` has its factor.
+    What `freeze` names of the student (see the function) is left as it is, and stays in evaluation
+    mode: BatchNorm normalises with its old statistics and keeps them, and no path is dropped.
     """
 
     def __init__(self, student: VisionModel, losses: dict[str, nn.Module],
-                 weights: dict[str, float]) -> None:
+                 weights: dict[str, float], freeze: str | None = None) -> None:
         super().__init__()
         self.student = student
+        # By name, for SyncBatchNorm takes the places of modules.
+        self.frozen = [] if freeze is None else freeze_student(student, freeze)
         self.losses = nn.ModuleDict(losses)
         self.weights = weights
 
@@ -130,6 +164,20 @@ class Distiller(nn.Module):
             terms = {name: loss(student, teacher, targets) for name, loss in self.losses.items()}
         total = sum(self.weights[name] * term for name, term in terms.items())
         return total, terms, student.logits.detach().float()
+
+    def train(self, mode: bool = True) -> "Distiller":
+        super().train(mode)
+        modules = dict(self.student.named_modules())
+        for name in self.frozen:
+            if name in modules:  # else it is a parameter
+                modules[name].eval()
+        return self
+
+    def describe_frozen(self) -> str:
+        trained = sum(parameter.numel() for parameter in self.student.parameters()
+                      if parameter.requires_grad)
+        return (f"{trained:,} of the student's {self.student.num_parameters:,} parameters train; "
+                "the others keep their weights and statistics")
 
     @torch.no_grad()
     def check(self, images: Tensor, targets: Tensor, teacher: FrozenTeacher | None,
@@ -158,6 +206,11 @@ class Distiller(nn.Module):
         finally:
             self.train(was_training)
 
+    def synchronise_batch_norms(self) -> None:
+        """The student's and the losses', over all processes; in place."""
+        self.student.synchronise_batch_norms()
+        nn.SyncBatchNorm.convert_sync_batchnorm(self.losses)
+
     def no_weight_decay(self) -> set[str]:
         return {f"student.{name}" for name in self.student.no_weight_decay()}
 
@@ -166,3 +219,35 @@ class Distiller(nn.Module):
         ids = {f"student.{name}": i for name, i in self.student.layer_ids().items()}
         last = max(ids.values())
         return {name: ids.get(name, last) for name, _ in self.named_parameters()}
+
+
+def describe_size(model: VisionModel | FrozenTeacher, input_size: int) -> str:
+    """Its parameters, and channels and sides of its maps of such images."""
+    size = model.input_size if model.fixed_size else input_size
+    stages = " | ".join(f"{info.channels}x{math.ceil(size / info.stride)}^2"
+                        for info in model.feature_info)
+    return f"{model.num_parameters:,} parameters, stages {stages or 'not known'}"
+
+
+def describe_cost(student: VisionModel, teacher: FrozenTeacher | None, input_size: int, *,
+                  keeps_average: bool, num_moments: int) -> str:
+    """GiB of parameters in float32, and the teacher's share of a step's MACs: its forward pass and
+    three times the student's make a step (a backward pass is two forward ones). `num_moments`: what
+    the optimizer keeps of a parameter."""
+    number = student.num_parameters
+    trained = sum(parameter.numel() for parameter in student.parameters()
+                  if parameter.requires_grad)
+    held = number * (2 if keeps_average else 1) + trained * (1 + num_moments)
+    macs = student.count_macs(input_size)
+    text = (f"student: {held * GIB_PER_FLOAT:.2f} GiB of weights, "
+            f"gradients, optimizer state{' and average' if keeps_average else ''}; "
+            f"{macs / 1e9:.3f} G MACs forward at {input_size} px")
+    if teacher is None:
+        return text
+    size = teacher.input_size if teacher.fixed_size else input_size
+    teacher_macs = teacher.count_macs(size)
+    share = teacher_macs / (teacher_macs + 3 * macs)
+    held = sum(value.nbytes for value in teacher.state_dict().values())
+    return (f"{text}\nteacher: {held / 2 ** 30:.2f} GiB of weights; "
+            f"{teacher_macs / 1e9:.3f} G MACs forward at {size} px, {share:.0%} of a step (its "
+            "forward, and forward and backward of the student)")

@@ -11,7 +11,7 @@ from torchvision.models import efficientnet, mobilenetv3
 
 from models.base import FeatureInfo, ModelOutput, VisionModel, register_model
 from models.layers import check_drop_path
-from models.weights import rename_keys
+from models.state_dicts import rename_keys
 from utils.registry import UserError
 
 # expansion, kernel, stride, in, out, blocks of EfficientNet-B0 (Tan and Le 2019, table 1)
@@ -28,12 +28,15 @@ class EfficientNet(VisionModel, efficientnet.EfficientNet):
     The maps are the last at each of the strides 4, 8, 16, and the final 1x1 convolution's at 32.
     """
 
+    classifiers = ("classifier.1",)
+
     def __init__(self, num_classes: int = 1000, width: float = 1.0, depth: float = 1.0,
                  input_size: int = 224, dropout: float = 0.3, drop_path: float = 0.2) -> None:
         check_drop_path(drop_path)
-        if not (width > 0 and depth > 0 and input_size > 0 and 0 <= dropout < 1):
-            raise UserError(f"EfficientNet needs a positive width, depth and input_size and a "
-                            f"dropout in [0, 1); got {width}, {depth}, {input_size}, {dropout}.")
+        if not (0 < width <= 100 and 0 < depth <= 100 and input_size > 0 and 0 <= dropout < 1):
+            raise UserError(f"EfficientNet needs a width and a depth in (0, 100], a positive "
+                            f"input_size and a dropout in [0, 1); got {width}, {depth}, "
+                            f"{input_size}, {dropout}.")
         settings = [efficientnet.MBConvConfig(*row, width_mult=width, depth_mult=depth)
                     for row in B0]
         super().__init__(settings, dropout, stochastic_depth_prob=drop_path,
@@ -47,6 +50,15 @@ class EfficientNet(VisionModel, efficientnet.EfficientNet):
 
     def forward_with_features(self, images: Tensor) -> ModelOutput:
         return _forward(self, images)
+
+    def parts(self) -> list[list[tuple[str, ...]]]:
+        """The last convolution belongs to the last block, as in timm."""
+        blocks = [[(f"features.{i}.{j}",) for j in range(len(self.features[i]))]
+                  for i in range(1, 8)]
+        blocks[-1][-1] += ("features.8",)
+        ends = (0, 2, 3, 5, 7)  # of the stem and the stages, among blocks
+        return [[("features.0",)], *[sum(blocks[start:end], [])
+                                     for start, end in zip(ends, ends[1:])]]
 
 
 # kernel, expanded, out, squeeze-and-excitation, activation, stride (Howard et al. 2019, table 1)
@@ -72,11 +84,13 @@ class MobileNetV3(VisionModel, mobilenetv3.MobileNetV3):
     `bn_eps`: torchvision's weights were trained with 1e-3, timm's with 1e-5.
     """
 
+    classifiers = ("classifier.3",)
+
     def __init__(self, num_classes: int = 1000, width: float = 1.0, dropout: float = 0.2,
                  bn_eps: float = 1e-3) -> None:
-        if not (width > 0 and 0 <= dropout < 1 and bn_eps > 0):
-            raise UserError(f"MobileNetV3 needs a positive width and bn_eps and a dropout in [0, 1)"
-                            f"; got {width}, {bn_eps}, {dropout}.")
+        if not (0 < width <= 100 and 0 <= dropout < 1 and bn_eps > 0):
+            raise UserError(f"MobileNetV3 needs a width in (0, 100], a positive bn_eps and a "
+                            f"dropout in [0, 1); got {width}, {bn_eps}, {dropout}.")
         settings = [mobilenetv3.InvertedResidualConfig(*row, dilation=1, width_mult=width)
                     for row in LARGE]
         last = mobilenetv3.InvertedResidualConfig.adjust_channels(1280, width)
@@ -90,6 +104,13 @@ class MobileNetV3(VisionModel, mobilenetv3.MobileNetV3):
 
     def forward_with_features(self, images: Tensor) -> ModelOutput:
         return _forward(self, images)
+
+    def parts(self) -> list[list[tuple[str, ...]]]:
+        """The hidden layer of the classifier belongs to the last convolution, as in timm."""
+        names = [(f"features.{i}",) for i in range(17)]
+        names[-1] += ("classifier.0",)
+        ends = (0, *self.map_indices)
+        return [names[:1], *[names[start + 1:end + 1] for start, end in zip(ends, ends[1:])]]
 
     @classmethod
     def options_of(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -12,6 +12,9 @@ from utils.registry import UserError
 # Maps may carry more channels than a layer has, zeros behind its own: matrix units want widths that
 # are multiples of 8. The layers below then pad their weights with zeros, so that zeros stay zeros.
 
+MOST_BLOCKS = 1000  # of a stage
+
+
 def round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
@@ -153,10 +156,10 @@ def check_stages(depths: Sequence[int], dims: Sequence[int], smallest_depth: int
     """One depth and one positive width per stage, four stages at the most."""
     is_whole = all(type(number) is int for number in (*depths, *dims))
     if (not is_whole or not 1 <= len(depths) == len(dims) <= 4 or min(dims) < 1
-            or min(depths) < smallest_depth):
+            or min(depths) < smallest_depth or max(depths) > MOST_BLOCKS):
         raise UserError(f"depths and dims need one whole number per stage, depths of at least "
-                        f"{smallest_depth} and widths of at least 1, for one to four stages; got "
-                        f"depths {tuple(depths)} and widths {tuple(dims)}.")
+                        f"{smallest_depth} and at most {MOST_BLOCKS}, and widths of at least 1, "
+                        f"for one to four stages; got depths {tuple(depths)} and widths {tuple(dims)}.")
 
 
 def check_drop_path(rate: float) -> None:

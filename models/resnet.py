@@ -1,7 +1,8 @@
 """ResNet (He et al. 2016, arXiv 1512.03385), with the stride in the 3x3 convolution as in
 torchvision and timm. Module names are torchvision's, so its weights load. ResNet-D (He et al. 2019,
 arXiv 1812.01187, figure 2) is its options `deep_stem` and `avg_down`, under timm's names."""
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -68,8 +69,11 @@ def _shortcut(in_dim: int, out_dim: int, stride: int, avg_down: bool) -> nn.Modu
     return nn.Sequential(*layers)
 
 
-def _stem(dim: int, deep: bool) -> nn.Module:
-    """(N, 3, H, W) -> (N, dim, H / 2, W / 2), before its BatchNorm: 7x7, or three of 3x3."""
+def _stem(dim: int, deep: bool, small: bool) -> nn.Module:
+    """(N, 3, H, W) -> (N, dim, H / 2, W / 2), before its BatchNorm: 7x7, or three of 3x3; or, if
+    `small`, one 3x3 of stride 1."""
+    if small:
+        return nn.Conv2d(3, dim, 3, padding=1, bias=False)
     if not deep:
         return nn.Conv2d(3, dim, 7, stride=2, padding=3, bias=False)
     if dim < 2:
@@ -98,21 +102,28 @@ class ResNet(VisionModel):
     """`zero_init_residual` starts the last BatchNorm weight of every block at 0, as the timm
     ResNets behind the published runs did; torchvision's default is off. ResNet-D has both others:
     `deep_stem`, three 3x3 convolutions for the 7x7 one, and `avg_down`, an average before the
-    convolution of a shortcut."""
+    convolution of a shortcut. `stem`: 7x7 and pooling as published, or `small`, a 3x3 convolution
+    of stride 1 without pooling, for images of 32 px (as in the ResNets for CIFAR)."""
+
+    classifiers = ("fc",)
 
     def __init__(self, num_classes: int = 1000, block: str = "bottleneck",
                  depths: Sequence[int] = (3, 4, 6, 3), dims: Sequence[int] = (64, 128, 256, 512),
                  drop_path: float = 0.0, zero_init_residual: bool = True,
-                 deep_stem: bool = False, avg_down: bool = False) -> None:
+                 deep_stem: bool = False, avg_down: bool = False, stem: str = "large") -> None:
         super().__init__()
         if block not in BLOCKS:
             raise UserError(f"ResNet block must be one of {', '.join(BLOCKS)}; got {block!r}.")
         check_stages(depths, dims, smallest_depth=1)
         self.num_classes = num_classes
         self.relu = nn.ReLU(inplace=True)
-        self.conv1 = _stem(dims[0], deep_stem)
+        if stem not in ("large", "small") or (stem == "small" and deep_stem):
+            raise UserError(f"ResNet stem must be large, as published, or small, for images of 32 "
+                            f"px and without deep_stem; got {stem!r}.")
+        is_small = stem == "small"
+        self.conv1 = _stem(dims[0], deep_stem, is_small)
         self.bn1 = nn.BatchNorm2d(dims[0])
-        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        self.maxpool = nn.Identity() if is_small else nn.MaxPool2d(3, stride=2, padding=1)
         rates = iter(drop_path_rates(drop_path, sum(depths)))
         in_dim = dims[0]
         for i, (depth, dim) in enumerate(zip(depths, dims)):
@@ -124,7 +135,8 @@ class ResNet(VisionModel):
             self.add_module(f"layer{i + 1}", nn.Sequential(*blocks))
         self.stage_names = [f"layer{i + 1}" for i in range(len(depths))]
         self.fc = nn.Linear(in_dim, num_classes)
-        self.feature_info = tuple(FeatureInfo(dim * BLOCKS[block].expansion, 4 * 2 ** i)
+        stride = 1 if is_small else 4
+        self.feature_info = tuple(FeatureInfo(dim * BLOCKS[block].expansion, stride * 2 ** i)
                                   for i, dim in enumerate(dims))
         self._init_weights(zero_init_residual)
 
@@ -143,17 +155,11 @@ class ResNet(VisionModel):
             features.append(x)
         return ModelOutput(self.fc(x.mean((2, 3))), features)
 
-    def layer_ids(self) -> dict[str, int]:
-        """Stem 0, then one id per block, the classifier last."""
-        blocks = [f"{stage}.{j}." for stage in self.stage_names
-                  for j in range(len(getattr(self, stage)))]
-        return {name: _layer_id(name, blocks) for name, _ in self.named_parameters()}
+    @classmethod
+    def options_of(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
+        is_small = "conv1.weight" in state and state["conv1.weight"].shape[2] == 3
+        return {"stem": "small"} if is_small else {}
 
-
-def _layer_id(name: str, blocks: list[str]) -> int:
-    if name.startswith("fc."):
-        return len(blocks) + 1
-    for i, block in enumerate(blocks, start=1):
-        if name.startswith(block):
-            return i
-    return 0
+    def parts(self) -> list[list[tuple[str, ...]]]:
+        return [[("conv1", "bn1")], *[[(f"{stage}.{j}",) for j in range(len(getattr(self, stage)))]
+                                      for stage in self.stage_names]]

@@ -144,7 +144,8 @@ class SLaK(ConvNeXtFrame):
                  dims: Sequence[int] = (96, 192, 384, 768),
                  kernel_size: Sequence[int] = LARGE_KERNELS, width_factor: float = 1.3,
                  decomposed: bool = True, bn: bool = True, layer_scale_init: float = 1e-6,
-                 drop_path: float = 0.0, head_init_scale: float = 1.0) -> None:
+                 drop_path: float = 0.0, head_init_scale: float = 1.0,
+                 stem: str = "patch") -> None:
         if not 0 < width_factor < math.inf:
             raise UserError(f"width_factor must be a positive number, got {width_factor}.")
         _check_kernels(kernel_size, len(dims), decomposed)
@@ -157,7 +158,7 @@ class SLaK(ConvNeXtFrame):
 
         widths = [int(dim * width_factor) for dim in dims]
         super().__init__(num_classes, depths, widths, make_block, drop_path=drop_path,
-                         head_init_scale=head_init_scale)
+                         head_init_scale=head_init_scale, stem=stem)
 
     def fold(self) -> "SLaK":
         for module in self.modules():
@@ -197,7 +198,8 @@ class SLaK(ConvNeXtFrame):
             small = shapes[f"{mixers[0]}LoRA1.conv.weight"][3]
         else:
             small = smalls[0] if smalls else 100  # as published for none
-        return {"kernel_size": (*kernels, small), "decomposed": decomposed,
+        return {**super().options_of(state), "kernel_size": (*kernels, small),
+                "decomposed": decomposed,
                 "bn": f"{mixers[0]}{first}.bn.weight" in shapes}
 
     def large_kernels(self) -> set[str]:
@@ -205,6 +207,9 @@ class SLaK(ConvNeXtFrame):
         return {name for name, _ in self.named_parameters()
                 if name.endswith(("LoRA1.conv.weight", "LoRA2.conv.weight",
                                   "lkb_origin.conv.weight"))}
+
+
+LARGEST_KERNEL = 4097  # as wide as the first map of an image of 16,384 px
 
 
 def _check_kernels(kernel_size: Sequence[int], num_stages: int, decomposed: bool) -> None:
@@ -215,5 +220,6 @@ def _check_kernels(kernel_size: Sequence[int], num_stages: int, decomposed: bool
     *kernels, small = numbers
     if decomposed or small < max(kernels):  # else it is not used
         kernels.append(small)
-    if any(k % 2 == 0 for k in kernels):
-        raise UserError(f"kernels must be odd to keep the size of a map; got {numbers}.")
+    if any(k % 2 == 0 or k > LARGEST_KERNEL for k in kernels):
+        raise UserError(f"kernels must be odd to keep the size of a map, and at most "
+                        f"{LARGEST_KERNEL}; got {numbers}.")

@@ -2,9 +2,11 @@
 
 They are subclasses, not wrappers, so that their state dicts are exactly torchvision's.
 """
+import math
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.models.vision_transformer import VisionTransformer
@@ -17,8 +19,9 @@ from models.base import (
     VisionModel,
     register_model,
 )
-from models.layers import check_drop_path
-from models.weights import rename_keys
+from models.layers import MOST_BLOCKS, check_drop_path
+from models.state_dicts import rename_keys
+from utils.log import print_once
 from utils.registry import UserError
 
 # The names of its authors' files, which timm took over. There the down-sampling of stage i sits at
@@ -34,20 +37,45 @@ SWIN_NAMES = [
 ]
 
 
+LARGEST_WINDOW = 64  # whose index of relative positions has 17 million entries
+
+
+def is_square(number: int) -> bool:
+    return number > 0 and math.isqrt(number) ** 2 == number
+
+
+def resized_table(table: Tensor, side: int) -> Tensor:
+    """(1, S x S, C) -> (1, side x side, C): a square table of positions, between the points of its
+    own grid by bicubic interpolation, as DeiT and Swin do it for images of another size."""
+    old = math.isqrt(table.shape[1])
+    grid = table.float().transpose(1, 2).unflatten(2, (old, old))  # (1, C, S, S)
+    grid = F.interpolate(grid, (side, side), mode="bicubic", align_corners=False)
+    return grid.flatten(2).transpose(1, 2).to(table.dtype)
+
+
 @register_model("swin_t", depths=(2, 2, 6, 2), dim=96, num_heads=(3, 6, 12, 24))
 @register_model("swin_nano", depths=(1, 1, 2, 1), dim=24, num_heads=(1, 2, 4, 8))
 class Swin(VisionModel, SwinTransformer):
-    """Swin Transformer (Liu et al. 2021, arXiv 2103.14030), patch 4, window 7, any input size.
+    """Swin Transformer (Liu et al. 2021, arXiv 2103.14030), patch 4, any input size.
+
+    `window`: its side in positions, 7 at 224 px; its authors take 12 at 384 px. Weights of another
+    window load with their tables of relative positions resized.
 
     The maps are the four stages before their down-sampling; the last one is normed, as pooled.
     """
 
     def __init__(self, num_classes: int = 1000, depths: tuple[int, ...] = (2, 2, 6, 2),
                  dim: int = 96, num_heads: tuple[int, ...] = (3, 6, 12, 24),
-                 drop_path: float = 0.0) -> None:
+                 window: int = 7, drop_path: float = 0.0) -> None:
         check_drop_path(drop_path)
-        super().__init__([4, 4], dim, list(depths), list(num_heads), [7, 7],
+        if not 1 <= window <= LARGEST_WINDOW:
+            raise UserError(f"Swin window must be 1 to {LARGEST_WINDOW} positions, got {window}.")
+        if not all(type(depth) is int and 1 <= depth <= MOST_BLOCKS for depth in depths):
+            raise UserError(f"Swin depths must be whole numbers from 1 to {MOST_BLOCKS}, got "
+                            f"{tuple(depths)}.")
+        super().__init__([4, 4], dim, list(depths), list(num_heads), [window, window],
                          stochastic_depth_prob=drop_path, num_classes=num_classes)
+        self.window = window
         self.feature_info = tuple(FeatureInfo(dim * 2 ** i, 4 * 2 ** i) for i in range(len(depths)))
 
     def forward_with_features(self, images: Tensor) -> ModelOutput:
@@ -66,7 +94,28 @@ class Swin(VisionModel, SwinTransformer):
         shift = 0 if any(name.startswith("layers.0.downsample") for name in state) else -1
         down = [(rf"layers\.{i}\.downsample\.(.*)", rf"features.{2 * (i + shift) + 2}.\1")
                 for i in range(len(self.feature_info))]
-        return rename_keys(state, [*SWIN_NAMES, *down])
+        result = rename_keys(state, [*SWIN_NAMES, *down])
+        resized = []
+        for name, own in self.named_parameters():
+            table = result.get(name)
+            if (name.endswith("relative_position_bias_table") and table is not None
+                    and table.dim() == 2 and table.shape[1:] == own.shape[1:]
+                    and table.shape != own.shape and is_square(len(table))):
+                result[name] = resized_table(table[None], math.isqrt(len(own)))[0]
+                if not (own.is_meta or table.is_meta):
+                    resized.append(name)
+        if resized:
+            print_once(f"weights: {len(resized)} tables of relative positions resized to windows "
+                       f"of {self.window} x {self.window}")
+        return result
+
+    def parts(self) -> list[list[tuple[str, ...]]]:
+        """A down-sampling belongs to the last block before it, as its authors number them."""
+        stages = [[(f"features.{i}.{j}",) for j in range(len(self.features[i]))]
+                  for i in range(1, len(self.features), 2)]
+        for i, stage in enumerate(stages[:-1]):
+            stage[-1] += (f"features.{2 * i + 2}",)
+        return [[("features.0",)], *stages]
 
     def no_weight_decay(self) -> set[str]:
         """Tables of relative positions, as its authors train it."""
@@ -107,13 +156,15 @@ class ViT(VisionModel, VisionTransformer):
     Touvron et al. 2021, arXiv 2012.12877).
 
     Its one map holds the normed patch tokens; the class token, which the head reads, is dropped.
-    The learned position embedding fixes the input size. `input_norm`: what the weights expect,
+    The learned position embedding fixes the input size, the option `image_size`. Weights of another
+    size load with the positions of their patches resized. `input_norm`: what the weights expect,
     imagenet, or half for (x - 0.5) / 0.5 as timm's ViT-B (torchvision's takes imagenet).
     `published_scale`: of the attention scores under the names of timm, if not head_dim ** -0.5;
     folded into the queries when such a file is loaded.
     """
 
     fixed_size = True
+    classifiers = ("heads.head",)
 
     def __init__(self, num_classes: int = 1000, dim: int = 768, depth: int = 12,
                  num_heads: int = 12, image_size: int = 224, mlp_ratio: int = 4,
@@ -121,10 +172,11 @@ class ViT(VisionModel, VisionTransformer):
                  published_scale: float = 0.0) -> None:
         if image_size % 16:
             raise UserError(f"ViT image_size must be a multiple of 16, got {image_size}.")
-        if min(dim, depth, num_heads, mlp_ratio) < 1 or dim % num_heads:
-            raise UserError(f"ViT needs positive whole numbers and a dim that num_heads divides; "
-                            f"got dim {dim}, depth {depth}, num_heads {num_heads}, mlp_ratio "
-                            f"{mlp_ratio}.")
+        is_deep = depth > MOST_BLOCKS
+        if min(dim, depth, num_heads, mlp_ratio) < 1 or dim % num_heads or is_deep:
+            raise UserError(f"ViT needs positive whole numbers, a depth of at most {MOST_BLOCKS} "
+                            f"and a dim that num_heads divides; got dim {dim}, depth {depth}, "
+                            f"num_heads {num_heads}, mlp_ratio {mlp_ratio}.")
         if not (norm_eps > 0 and published_scale >= 0):
             raise UserError(f"ViT norm_eps must be positive and published_scale not negative; got "
                             f"{norm_eps} and {published_scale}.")
@@ -140,7 +192,7 @@ class ViT(VisionModel, VisionTransformer):
 
     def forward_with_features(self, images: Tensor) -> ModelOutput:
         patches = self._process_input(images)  # (N, 3, H, W) -> (N, T, C)
-        tokens = torch.cat([self.class_token.expand(len(patches), -1, -1), patches], dim=1)
+        tokens = torch.cat([self.class_token.expand(patches.shape[0], -1, -1), patches], dim=1)
         tokens = self.encoder(tokens)
         side = self.image_size // self.patch_size
         feature = tokens[:, 1:].transpose(1, 2).unflatten(2, (side, side))  # (N, C, side, side)
@@ -149,6 +201,14 @@ class ViT(VisionModel, VisionTransformer):
     def convert_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Takes the names of DeiT and timm, too; a missing bias of queries, keys, values is 0."""
         result = rename_keys(state, VIT_NAMES)
+        own, table = self.encoder.pos_embedding, result.get("encoder.pos_embedding")
+        if (table is not None and table.dim() == 3 and table.shape[2] == own.shape[2]
+                and table.shape != own.shape and is_square(table.shape[1] - 1)):
+            side = self.image_size // self.patch_size
+            patches = resized_table(table[:, 1:], side)
+            result["encoder.pos_embedding"] = torch.cat([table[:, :1], patches], dim=1)
+            if not (own.is_meta or table.is_meta):
+                print_once(f"weights: positions resized to {side} x {side} patches")
         if "pos_embed" not in state:
             return result
         patches = result.get("conv_proj.weight")
@@ -161,6 +221,12 @@ class ViT(VisionModel, VisionTransformer):
             rows[:len(rows) // 3] = self.scale_ratio  # queries come first
             result[name], result[bias] = result[name] * rows[:, None], result[bias] * rows
         return result
+
+    def parts(self) -> list[list[tuple[str, ...]]]:
+        """As BEiT numbers them (arXiv 2106.08254): tokens and positions are part of the stem."""
+        names = [name for name, _ in self.encoder.layers.named_children()]
+        return [[("class_token", "conv_proj", "encoder.pos_embedding")],
+                [(f"encoder.layers.{name}",) for name in names]]
 
     def no_weight_decay(self) -> set[str]:
         """Class token and positions, as in DeiT."""

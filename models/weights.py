@@ -1,121 +1,42 @@
-"""Weights from files and addresses: read safely, loaded strictly, refused with a readable diff."""
-import hashlib
-import re
-import urllib.error
-import urllib.parse
-from collections.abc import Mapping, Sequence
+"""Weights from files and addresses: read safely, loaded strictly, classes matched by their names.
+
+A network, the file of its weights and the data may each have classes of their own. A teacher's
+outputs become the data's classes; a student's classifier starts anew where the file's classes are
+others; under `--model` the network stays as its file has it.
+"""
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-
-from models.base import MODELS, VisionModel, create_model
-from utils.checkpoint import load_file
+from models.base import MODELS, VisionModel, model_from_spec
+from models.published import PUBLISHED, local_file, published_source
+from models.state_dicts import (
+    State,
+    check_finite,
+    check_ordinary,
+    classifier_entries,
+    describe_difference,
+    find_state,
+    fitted,
+    without_computed,
+)
+from utils.checkpoint import check_settings, load_file
+from utils.classes import imagenet_wnids, match, shortened
 from utils.distributed import barrier, is_first_here
-from utils.log import markdown_table, print_once
+from utils.log import print_once
 from utils.registry import UserError, parse_spec
 
-# Containers that published files keep their weights in, in the order they are looked for.
-CONTAINERS = ("model", "state_dict", "model_ema", "state_dict_ema")
-PREFIXES = ("module.", "student.", "backbone.")  # of wrappers
-# Buffers that hold nothing learned. Files older than torch 0.4.1 do not count BatchNorm's batches.
-COMPUTED = ("relative_position_index", "attn_mask", "num_batches_tracked")
 
-_SURF = "https://surfdrive.surf.nl/files/index.php/s/{}/download"
-_DRIVE = "https://drive.usercontent.google.com/download?id={}&export=download&confirm=t"
-_META = "https://dl.fbaipublicfiles.com/convnext/convnext_{}_1k_224_ema.pth"
-_DEIT = "https://dl.fbaipublicfiles.com/deit/deit_{}.pth"
-_TIMM = "https://github.com/rwightman/pytorch-image-models/releases/download/{}.pth"
-_TORCHVISION = "https://download.pytorch.org/models/{}.pth"
-# Files whose names end in the start of their sha256 begin like this.
-_HASHED = tuple(address.partition("{")[0] for address in (_TORCHVISION, _DEIT))
+class Weights(NamedTuple):
+    """What a file says of a network."""
 
-
-class Published(NamedTuple):
-    url: str
-    top1: float | None  # ImageNet-1K, as its publisher states it; None: it does not
-    size: int = 224  # pixels, at which that is
-
-
-# ImageNet-1K weights by registered model name, default options.
-PUBLISHED = {
-    "slak_t": Published(_DRIVE.format("1Iut2f5FMS_77jGPYoUJDQzDIXOsax1u4"), 82.5),
-    "slak_s": Published(_DRIVE.format("1etM6KQbnlsgDAZ37adsQJ3UI8Bbv2AVe"), 83.8),
-    "slak_b": Published(_DRIVE.format("1duUxUD3RSblQ6eDHd0n-u0aulwGypf1j"), 84.0),
-    "convnext_t_bn": Published(_SURF.format("cR6KLvxjlUshUQA"), 83.1),
-    "convnext_s_bn": Published(_SURF.format("PYqL3rVff3Nu2sP"), 84.3),
-    "convnext_t": Published(_META.format("tiny"), 82.1),
-    "convnext_s": Published(_META.format("small"), 83.1),
-    "convnext_b": Published(_META.format("base"), 83.8),
-    "resnet18": Published(_TORCHVISION.format("resnet18-f37072fd"), 69.758),
-    "resnet34": Published(_TORCHVISION.format("resnet34-b627a593"), 73.314),
-    "resnet50": Published(_TORCHVISION.format("resnet50-11ad3fa6"), 80.858),
-    "resnet101": Published(_TORCHVISION.format("resnet101-cd907fc2"), 81.886),
-    "swin_t": Published(_TORCHVISION.format("swin_t-704ceda3"), 81.474),
-    "mobilenetv3_l": Published(_TORCHVISION.format("mobilenet_v3_large-5c1a4163"), 75.274),
-    "efficientnet_b3": Published(_TORCHVISION.format("efficientnet_b3_rwightman-b3899882"), 82.008,
-                                 300),
-    "deit_s": Published(_DEIT.format("small_patch16_224-cd65a155"), 79.86),
-    "resnet50d": Published(_TIMM.format("v0.1-weights/resnet50d_ra2-464e36ba"), 80.55),
-    "vit_s": Published(_TIMM.format("v0.1-weights/vit_small_p16_224-15ec54c9"), None),
-    "vit_b": Published(_TIMM.format("v0.1-vitjx/jx_vit_base_p16_224-80ecf9dd"), 81.78),
-}
-
-
-def published_source(model_name: str) -> str:
-    """The address of the published weights of a registered model."""
-    if model_name not in PUBLISHED:
-        raise UserError(f"no published weights are known for {model_name!r} (known: "
-                        f"{', '.join(PUBLISHED)}). Pass a file or an address, or the word random.")
-    return PUBLISHED[model_name].url
-
-
-def published_table() -> str:
-    """A Markdown table of the known addresses."""
-    rows = [(name, known.url, str(known.top1 or "not stated"), str(known.size))
-            for name, known in PUBLISHED.items()]
-    return markdown_table(("name", "address", "top-1 %", "px"), rows, num_text_columns=2)
-
-
-def fetch_weights(model: VisionModel, name: str, source: str, flag: str,
-                  key: str | None = None, dry_run: bool = False) -> None:
-    """Load what `flag` names into `model`, registered as `name`: a path, an address, `published`,
-    or `random`, which leaves it as it is. One process of a machine downloads. In a dry run it is
-    enough that published weights have an address."""
-    if source == "random":
-        return
-    try:
-        address = published_source(name) if source == "published" else source
-        if dry_run and source == "published":
-            print_once(f"{flag} published: {address}, not fetched in a dry run")
-            return
-        if is_first_here():
-            local_file(address)
-        barrier()
-        load_weights(model, address, key)
-    except UserError as error:
-        raise UserError(f"{flag}: {error}") from None
-
-
-def load_weights(model: VisionModel, source: str | Path, key: str | None = None) -> None:
-    """Load a file or an address strictly into `model`, and say which of its weights.
-
-    `key` names the container to take (`model`, `model_ema`, ...); by default the first that is
-    there, but the average from a checkpoint-best-ema.pth, which was chosen for it.
-    Raises UserError with what is missing, unexpected or of another shape.
-    """
-    state = model.convert_state_dict(read_state_dict(local_file(source), key))
-    own = model.state_dict()
-    got, wanted = without_computed(state), without_computed(own)
-    difference = describe_difference(got, wanted)
-    if difference:
-        raise UserError(f"{source} does not fit {type(model).__name__}: {difference} "
-                        f"{_describe_classes(got, wanted, model.num_classes)}"
-                        f"{describe_origin(state)}Check the model's name and options.")
-    counts = {name: value for name, value in state.items() if name in own
-              and name.endswith("num_batches_tracked") and value.shape == own[name].shape}
-    model.load_state_dict({**got, **counts}, strict=False)  # checked above
+    state: State  # under the file's names
+    path: str | Path  # where it came from
+    classes: list[str] | None = None  # by label; None: it does not name them
+    spec: list[str] | None = None  # NAME key=value ... of the run that trained it
+    is_published: bool = False  # so the model knows all about them
 
 
 class Trained(NamedTuple):
@@ -123,182 +44,349 @@ class Trained(NamedTuple):
     settings: dict[str, Any]  # of the run, as args.yaml has them
     classes: list[str] | None  # names by label; None in files written before these were kept
 
+    def preprocessing(self, input_size: int | None = None) -> dict[str, Any]:
+        """Arguments of data.eval_transform: as the run evaluated; of weights without a run as their
+        publisher did, at the size at which that is known. `input_size`: None for theirs."""
+        size = input_size or self.settings.get("input_size") or self.model.input_size
+        if self.settings:
+            return {"input_size": size, "crop_pct": self.settings.get("crop_pct"),
+                    "interpolation": self.settings.get("interpolation", "bicubic")}
+        resize = self.model.input_resize if size == self.model.input_size else None
+        return {"input_size": size, "resize": resize, "interpolation": self.model.input_filter}
+
 
 def load_trained(path: Path, key: str | None = None) -> Trained:
-    """The network with its weights, and what the file says of them. `key`: see `load_weights`."""
+    """The network with its weights, and what the file says of them. `key`: see `read_weights`."""
     content = load_file(path)
     settings = content.get("args")
-    if not isinstance(settings, dict) or "student" not in settings:
+    if not isinstance(settings, dict) or not _is_list_of_words(settings.get("student")):
         raise UserError(f"{path} does not say which model it holds; that is known only of the "
                         "checkpoints of train_kd.py. Use --model NAME --weights FILE instead.")
-    name, options = parse_spec(settings["student"], "--student")
-    model = create_model(name, settings["num_classes"], **options)
-    load_weights(model, path, key)
-    return Trained(model, settings, content.get("classes"))
+    check_settings(settings, path)
+    model = model_from_spec(settings["student"], "--student", settings.get("num_classes"))
+    _load(model, read_weights(path, key, content=content))
+    return Trained(model, settings, model.classes)
 
 
 def load_named(spec: list[str], source: str, key: str | None, num_classes: int, *,
-               flag: str = "--model", dry_run: bool = False) -> VisionModel:
-    """The network that `{flag} NAME key=value ...` names with weights from `source`; see
-    `fetch_weights`. Those of `--model` are named by `--weights`, of others by `{flag}-weights`."""
-    name, options = parse_spec(spec, flag)
-    model = create_model(name, num_classes, **options)
-    weights_flag = "--weights" if flag == "--model" else f"{flag}-weights"
-    fetch_weights(model, name, source, weights_flag, key, dry_run)
+               flag: str = "--model") -> VisionModel:
+    """The network of `num_classes` that `{flag} NAME key=value ...` names, with the weights that
+    --weights names as they are: a path, an address, `published` or `random`."""
+    model = _build(spec, flag, num_classes, source)
+    with _naming("--weights"):
+        weights = _obtain(model, spec, source, key, "--weights")
+        if weights is not None:
+            _load(model, weights, spec)
     return model
 
 
-def read_state_dict(path: Path, key: str | None = None) -> dict[str, Tensor]:
-    """The state dict in a file, without the prefix of a wrapper. Runs no code from the file."""
-    content = load_file(path)
-    containers = [name for name in CONTAINERS if isinstance(content.get(name), dict)]
-    if key is not None and key not in containers:
-        raise UserError(f"{path} has no weights under {key!r}; it has "
-                        f"{', '.join(containers) or 'a bare state dict'}.")
-    if key is None and containers:
-        is_for_average = path.name.endswith("-best-ema.pth") and "model_ema" in containers
-        key = "model_ema" if is_for_average else containers[0]
-    if key is None:
-        print_once(f"weights: {path}")
-        state = content
-    else:
-        print_once(f"weights: {path}, {key}")
-        state = content[key]
-    state = {name: value.detach() for name, value in state.items()  # some files hold Parameters
-             if isinstance(name, str) and isinstance(value, Tensor)}
-    if not state:
-        keys = ", ".join(str(key) for key in list(content)[:8])
-        raise UserError(f"{path} holds no weights: expected a state dict, or one under "
-                        f"{', '.join(CONTAINERS)}; got the keys {keys}.")
-    while True:
-        common = [prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in state)]
-        if not common:
-            return state
-        state = {name.removeprefix(common[0]): value for name, value in state.items()}
+def load_student(spec: list[str], source: str, key: str | None, classes: Sequence[str], *,
+                 dry_run: bool = False) -> VisionModel:
+    """The network that `--student` names, to train on `classes`, with the weights that
+    --student-weights names. The rows of its classifier are the file's, by name, where the file has
+    the same classes in any order; else the classifier keeps its random start, and that is said.
+
+    In a dry run it is enough that published weights have an address."""
+    model = _build(spec, "--student", len(classes), source)
+    if model.num_classes != len(classes):
+        raise UserError(f"--student {' '.join(spec)} gives {model.num_classes} logits, and the "
+                        f"data has {len(classes)} classes. Give its function a parameter "
+                        "num_classes.")
+    with _naming("--student-weights"):
+        weights = _obtain(model, spec, source, key, "--student-weights", dry_run)
+        if weights is not None:
+            state, number = _fit(model, weights)
+            state |= _student_rows(model, weights, state, number, classes)
+            _load_fitted(model, state, weights, spec)
+    model.classes = list(classes)
+    return model
 
 
-def local_file(source: str | Path) -> Path:
-    """`source` itself when it is a path; an address is downloaded once into torch.hub's cache."""
-    if not str(source).startswith(("http://", "https://")):
-        return Path(source)
-    url = str(source)
-    parts = urllib.parse.urlparse(url)
-    query = urllib.parse.parse_qs(parts.query)
-    name = Path(parts.path).name
-    if name == "download":  # a share's address; its token names the file
-        name = (query.get("id") or [Path(parts.path).parts[-2]])[0] + ".pth"
-    if url not in {published.url for published in PUBLISHED.values()}:
-        # Two runs' checkpoint-best.pth are two files.
-        name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}"
-    path = Path(torch.hub.get_dir()) / "checkpoints" / name
-    if not path.exists():
-        _download(url, path)
-    return path
-
-
-def _download(url: str, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sha256 = None  # its start
-    if url.startswith(_HASHED):
-        sha256 = path.stem.rpartition("-")[2]
+def _student_rows(model: VisionModel, weights: Weights, state: State, number: int,
+                  classes: Sequence[str]) -> State:
+    """What takes the place of the classifiers' entries in `state`, which are for `number` classes:
+    nothing where they are the data's `classes` already."""
+    own = classifier_entries(model)
     try:
-        torch.hub.download_url_to_file(url, str(path), sha256)
-    except (urllib.error.URLError, OSError, RuntimeError) as error:
-        raise UserError(f"could not fetch {url} ({error}). Fetch it by hand and pass the file's "
-                        f"path, or put it at {path}.") from None
+        labels = match(weights.classes, number, classes) if number == len(classes) else None
+    except UserError:
+        labels = None
+    if labels is None:
+        print_once(f"student: its classifier starts anew for the data's {len(classes)} classes; "
+                   f"those of {weights.path} are {number or 'none'}"
+                   f"{number and ' others' or ''}")
+        return own
+    if labels == list(range(number)):
+        return {}
+    print_once(f"student: the {number} rows of its classifier are put into the data's order, "
+               f"matched by name ({classes[0]} was class {labels[0]})")
+    return {name: state[name][labels] for name in own}
+
+
+def load_teacher(spec: list[str], source: str, key: str | None, classes: Sequence[str], *,
+                 needs_logits: bool = True, dry_run: bool = False) -> VisionModel:
+    """The network that `--teacher` names with the weights that --teacher-weights names, its classes
+    made the data's; see `match_teacher`."""
+    model = _build(spec, "--teacher", len(classes), source)
+    with _naming("--teacher-weights"):
+        weights = _obtain(model, spec, source, key, "--teacher-weights", dry_run)
+        if weights is not None:
+            state, number = _fit(model, weights)
+            if number not in (0, model.num_classes):
+                model = _build(spec, "--teacher", number, source)
+            if number == 0 < model.num_classes:
+                state |= classifier_entries(model)  # never asked
+                model.num_classes = number
+            _load_fitted(model, state, weights, spec)
+        elif source == "published":  # in a dry run
+            known = model.published_classes if model.is_of_library else imagenet_wnids()
+            if known == []:
+                model.num_classes = 0
+            elif known is not None:
+                model = _build(spec, "--teacher", len(known), source)
+                model.classes = known
+        elif model.classes is None and model.num_classes == len(classes):
+            model.classes = list(classes)  # random weights take any
+        match_teacher(model, classes, spec, source, needs_logits=needs_logits)
+    return model
+
+
+def match_teacher(model: VisionModel, classes: Sequence[str], spec: Sequence[str], source: str, *,
+                  needs_logits: bool) -> None:
+    """Put the classes of a teacher into the order of the data's `classes`, by name, and cut off all
+    others. One that lacks some becomes a teacher without logits (0 classes) where no loss needs
+    them. Raises UserError where one does."""
+    if model.num_classes == 0:
+        if needs_logits:
+            raise UserError(f"{' '.join(spec)} with the weights {source} has no classifier, and a "
+                            "loss needs its logits. Let its feature maps alone teach, with "
+                            "--loss ce --loss fd.")
+        return
     try:
-        load_file(path)
-    except UserError as error:  # a share may answer with a page instead of the file
-        path.unlink()
-        raise UserError(f"{url} did not give a checkpoint ({error}). Fetch it by hand and pass "
-                        "the file's path.") from None
+        labels = match(model.classes, model.num_classes, classes)
+    except UserError as error:
+        if not needs_logits:
+            print_once(f"teacher: {source} {error}; its feature maps alone teach")
+            model.num_classes, model.classes = 0, None
+            return
+        raise UserError(
+            f"{source} {error}. Classes are matched by name. Train the teacher on this data first, "
+            f"python train_kd.py --teacher none --student {' '.join(spec)} --student-weights "
+            f"{source} --data-path ..., and name the checkpoint-best.pth of that run; or let its "
+            "feature maps alone teach, with --loss ce --loss fd.") from None
+    if len(labels) < model.num_classes:
+        print_once(f"teacher: of its {model.num_classes} classes the data's {len(labels)} are "
+                   f"kept, matched by name ({classes[0]} was its class {labels[0]})")
+    elif labels != list(range(len(labels))):
+        print_once(f"teacher: its {len(labels)} classes are put into the data's order, matched by "
+                   f"name ({classes[0]} was its class {labels[0]})")
+    elif model.classes is None and not set(classes) <= set(imagenet_wnids()):
+        print_once("teacher: its weights do not name their classes: its class k is taken for the "
+                   f"data's class k ({shortened(classes)})")
+    if labels != list(range(model.num_classes)):
+        model.keep_classes(labels)
+    model.classes = list(classes)
 
 
-Rules = Sequence[tuple[str, str]]  # pattern of a whole name, replacement
+def load_weights(model: VisionModel, source: str | Path, key: str | None = None) -> None:
+    """Load a file or an address strictly into `model`, and say which of its weights; `key`: see
+    `read_weights`. Raises UserError with what is missing, unexpected or of another shape, and for
+    NaN; the model is then as it was."""
+    _load(model, read_weights(local_file(source), key))
 
 
-def rename_keys(state: Mapping[str, Tensor], rules: Rules) -> dict[str, Tensor]:
-    """`state` with each name rewritten by the first rule that fits it; others stay. Raises
-    UserError where two names become one."""
-    compiled = [(re.compile(pattern), replacement) for pattern, replacement in rules]
-    result = {}
-    for name, value in state.items():
-        new = name
-        for pattern, replacement in compiled:
-            if pattern.fullmatch(name):
-                new = pattern.sub(replacement, name)
-                break
-        if new in result:
-            raise UserError(f"the file names {new} twice, as {name} and otherwise; it mixes the "
-                            "checkpoints of two programs.")
-        result[new] = value
-    return result
+def read_weights(path: Path, key: str | None = None, *, key_flag: str = "--weights-key",
+                 content: dict[str, Any] | None = None) -> Weights:
+    """The state dict in a file (`content`, where that was read before) and what is said of it. Runs
+    no code from the file.
+
+    `key` names the dict to take (`model`, `model_ema`, ...); by default that which published files
+    have, or the only one; of a checkpoint-best-ema.pth the average, which was chosen for it."""
+    if content is None:
+        content = load_file(path)
+    key, state = find_state(content, Path(path), key, key_flag)
+    print_once(f"weights: {path}{key and f', {key}'}")
+    check_ordinary(state, path)
+    settings, classes = content.get("args"), content.get("classes")
+    spec = settings.get("student") if isinstance(settings, dict) else None
+    return Weights(state, path, classes if _is_list_of_words(classes) else None,
+                   spec if _is_list_of_words(spec) else None)
 
 
-def without_computed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`state` without what a file need not have."""
-    return {name: value for name, value in state.items() if not name.endswith(COMPUTED)}
+def _is_list_of_words(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(word, str) for word in value)
 
 
-def describe_difference(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> str:
-    """What separates two state dicts, in a sentence each; empty when they fit."""
-    shapes = [f"{name} {tuple(got[name].shape)} instead of {tuple(wanted[name].shape)}"
-              for name in wanted if name in got and got[name].shape != wanted[name].shape]
-    groups = {"missing": [name for name in wanted if name not in got],
-              "unexpected": [name for name in got if name not in wanted],
-              "of another shape": shapes}
-    sentences = []
-    for what, names in groups.items():
-        if names:
-            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-            sentences.append(f"{len(names)} {what} ({', '.join(names[:4])}{more}).")
-    return " ".join(sentences)
-
-
-def _describe_classes(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor],
-                      num_classes: int) -> str:
-    """A sentence when the file and the model differ in the number of classes."""
-    for name, value in wanted.items():
-        other = got.get(name, value)
-        if (other.shape != value.shape and other.shape[1:] == value.shape[1:]
-                and value.shape[:1] == (num_classes,)):
-            return (f"The file is for {len(other)} classes, the data has {num_classes} (or "
-                    "--num-classes says so). ")
-    return ""
-
-
-def describe_origin(state: Mapping[str, Tensor]) -> str:
-    """'These are weights of slak_t kernel_size=31,29,27,13,5. ', or of which they are the nearest;
-    empty where nothing is near. Builds every registered network, without memory for weights."""
-    nearest, best_share = "", 0.5  # below a half it says nothing
-    for name in MODELS.names():
-        spec, share = _compare(name, state)
-        if share == 1:
-            return f"These are weights of {spec}. "
-        if share > best_share:
-            nearest, best_share = spec, share
-    if not nearest:
-        return ""
-    return f"The nearest network is {nearest}, {best_share:.0%} of whose tensors fit. "
-
-
-def _compare(name: str, state: Mapping[str, Tensor]) -> tuple[str, float]:
-    """This network as one would name it, with the options that the shapes tell, and the share of
-    tensors, of the file's and its own, that the two have in common."""
-    # The last vector is the classifier's bias in every published file.
-    vectors = [value for value in state.values() if value.dim() == 1]
+@contextmanager
+def _naming(flag: str) -> Iterator[None]:
+    """Begin the sentence of a UserError with the flag that it is about."""
     try:
-        options = MODELS.builder(name).options_of(state)
-        with torch.device("meta"):
-            model = create_model(name, len(vectors[-1]), **options)
-        theirs = without_computed(model.convert_state_dict(dict(state)))
-    except (ValueError, TypeError, RuntimeError, LookupError):  # something else altogether
-        return name, 0.0
-    ours = without_computed(model.state_dict())
-    common = [key for key in ours.keys() & theirs.keys() if ours[key].shape == theirs[key].shape]
-    spec, defaults = [name], MODELS.defaults(name)
-    for key, value in options.items():
-        if value != defaults.get(key):
-            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            spec.append(f"{key}={text}")
-    return " ".join(spec), len(common) / len(ours.keys() | theirs.keys())
+        yield
+    except UserError as error:
+        raise UserError(f"{flag}: {error}") from None
+
+
+def _build(spec: list[str], flag: str, num_classes: int, source: str) -> VisionModel:
+    """The network that `flag` names, of random weights; of published ones it knows how they were
+    evaluated."""
+    model = model_from_spec(spec, flag, num_classes)
+    known = PUBLISHED.get(MODELS.resolve(spec[0]))
+    if known and known.is_named(source) and known.size == model.input_size:
+        model.input_resize, model.input_filter = known.resize, known.interpolation
+    return model
+
+
+def _obtain(model: VisionModel, spec: list[str], source: str, key: str | None, flag: str,
+            dry_run: bool = False) -> Weights | None:
+    """The weights that `flag` names for the model of `spec`; None for those that it has. One
+    process of a machine downloads."""
+    if source == "random":
+        return None
+    is_published = source == "published"
+    address = source
+    if is_published:
+        address = (f"of {spec[0]} itself" if model.is_of_library else
+                   published_source(MODELS.resolve(spec[0])))
+    if dry_run and is_published:
+        print_once(f"{flag} published: {address}, not fetched in a dry run")
+        return None
+    if is_published and model.is_of_library:
+        return _from_library(model, spec)
+    if is_first_here():
+        local_file(address)
+    barrier()
+    weights = read_weights(local_file(address), key, key_flag=f"{flag}-key")
+    if is_published:
+        return weights._replace(path=address, classes=imagenet_wnids(), is_published=True)
+    return weights._replace(path=address)
+
+
+def _from_library(model: VisionModel, spec: list[str]) -> Weights:
+    """What the library of a network publishes for it. One process of a machine downloads first."""
+    state = model.published_state() if is_first_here() else None
+    barrier()
+    state = state or model.published_state()
+    path = f"{' '.join(spec)}, published"
+    print_once(f"weights: {path}")
+    return Weights(state, path, model.published_classes or None, is_published=True)
+
+
+def _load(model: VisionModel, weights: Weights, spec: Sequence[str] | None = None) -> None:
+    state, number = _fit(model, weights)
+    if number != model.num_classes:
+        raise _does_not_fit(model, weights, state, number)
+    _load_fitted(model, state, weights, spec)
+
+
+def _fit(model: VisionModel, weights: Weights) -> tuple[State, int]:
+    """See `fitted`. Raises UserError, too, where the file names another number of classes."""
+    state, number = fitted(model, weights.state, weights.path)
+    names = weights.classes
+    if names is not None and number and not len(names) == len(set(names)) == number:
+        raise UserError(f"{weights.path} names {len(set(names))} classes, and its classifier has "
+                        f"{number}. Use another copy of the file.")
+    return state, number
+
+
+def _does_not_fit(model: VisionModel, weights: Weights, state: State, number: int) -> UserError:
+    difference = describe_difference(without_computed(state), without_computed(model.state_dict()))
+    return UserError(f"{weights.path} does not fit {type(model).__name__}: {difference} The file "
+                     f"is for {number} classes, the model has {model.num_classes} (--num-classes "
+                     "says how many).")
+
+
+def _load_fitted(model: VisionModel, state: State, weights: Weights,
+                 spec: Sequence[str] | None) -> None:
+    """`state`: what `fitted` gave, for the model's own number of classes. `spec`: what the user
+    called the model; None: the file did."""
+    check_finite(without_computed(state), weights.path)
+    if spec is not None:
+        _check_function(spec, weights)
+        _check_input(model, weights)
+    own = model.state_dict()
+    wanted = without_computed(own)
+    counts = {name: value for name, value in state.items() if name in own
+              and name.endswith("num_batches_tracked") and value.shape == own[name].shape}
+    model.load_state_dict({**{name: state[name] for name in wanted}, **counts}, strict=False)
+    if weights.classes is not None and len(weights.classes) == model.num_classes:
+        model.classes = weights.classes
+
+
+# Options that change how a network starts or trains, or what it is given, not what it computes.
+NO_FUNCTION = frozenset({"num_classes", "drop_path", "dropout", "head_init_scale", "input_size",
+                         "layer_scale_init", "zero_init_residual", "image_size",
+                         "published_scale"})
+
+
+def _check_function(spec: Sequence[str], weights: Weights) -> None:
+    """Raises UserError where a run of this project trained the weights in another network of the
+    same shapes: with other heads, another eps or another normalisation of its input."""
+    if weights.spec is None:
+        return
+    here, there = _settings_of(spec), _settings_of(weights.spec)
+    if here["network"] is not there["network"]:
+        return
+    different = sorted(name for name in here.keys() | there.keys()
+                       if here.get(name) != there.get(name))
+    if different:
+        raise UserError(f"{weights.path} was trained as `{' '.join(weights.spec)}`, which has "
+                        f"another {different[0]} than `{' '.join(spec)}`. Name it as it was.")
+
+
+def _settings_of(spec: Sequence[str]) -> dict[str, Any]:
+    """What a network computes depends on, by the names of its options."""
+    name, options = parse_spec(spec, "--model")
+    settings = {**MODELS.defaults(name), **options, "network": MODELS.builder(name)}
+    return {key: list(value) if isinstance(value, tuple) else value
+            for key, value in settings.items() if key not in NO_FUNCTION}
+
+
+def _check_input(model: VisionModel, weights: Weights) -> None:
+    """Raises UserError where the config.json beside a file of timm's or transformers' says that its
+    weights take images normalised otherwise. Of other programs' files nothing says it: the
+    normalisation is printed."""
+    said = _said_beside(Path(weights.path))
+    if said is not None:
+        stats = [*said.mean, *said.std]
+        own = [*model.input_mean, *model.input_std]
+        if any(abs(there - here) > 1e-3 for there, here in zip(stats, own)):
+            raise UserError(f"{weights.path}: the {said.file} beside it says that it takes images "
+                            f"normalised with {described_input(*said[:2])}, and here they are with "
+                            f"{described_input(model.input_mean, model.input_std)}. Add its "
+                            "options to the model.")
+    elif weights.spec is None and not weights.is_published:
+        print_once(f"images for {Path(weights.path).name} are normalised with "
+                   f"{described_input(model.input_mean, model.input_std)}; these are options of "
+                   "the model, should its weights expect others")
+
+
+def described_input(mean: Sequence[float], std: Sequence[float]) -> str:
+    """As options of a model: input_mean=0.5,0.5,0.5 input_std=0.5,0.5,0.5."""
+    return " ".join(f"{name}={','.join(f'{value:g}' for value in values)}"
+                    for name, values in (("input_mean", mean), ("input_std", std)))
+
+
+class InputBeside(NamedTuple):
+    mean: list[float]
+    std: list[float]
+    file: str
+
+
+def _said_beside(path: Path) -> InputBeside | None:
+    """The normalisation in the files that the Hugging Face hub keeps beside its weights; None where
+    there is none. (timm: config.json; transformers: preprocessor_config.json.)"""
+    if path.stem not in ("model", "pytorch_model"):
+        return None
+    for file, section, mean, std in (("config.json", "pretrained_cfg", "mean", "std"),
+                                     ("config.json", None, "mean", "std"),
+                                     ("preprocessor_config.json", None, "image_mean", "image_std")):
+        try:
+            content = json.loads((path.parent / file).read_text())
+            content = content[section] if section else content
+            found = InputBeside([float(value) for value in content[mean]],
+                                [float(value) for value in content[std]], file)
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            continue
+        if len(found.mean) == len(found.std) == 3:
+            return found
+    return None

@@ -73,8 +73,7 @@ def make_state(student: nn.Module, loss_specs: dict[str, dict], teacher: FrozenT
                for name, options in loss_specs.items()}
     distiller = Distiller(student, modules, dict.fromkeys(modules, 1.0))
     distiller.to(memory_format=torch.channels_last)
-    optimizer = optim.build_adamw(optim.parameter_groups(distiller, 0.05), lr=lr,
-                                  betas=(0.9, 0.999), eps=1e-8)
+    optimizer = optim.build_optimizer("adamw", optim.parameter_groups(distiller, 0.05), lr=lr)
     return engine.build_state(distiller, optimizer, device=torch.device("cpu"),
                               amp_dtype=torch.float16 if fp16_scaler else None,
                               ema=ModelEma(student, 0.9) if ema else None)

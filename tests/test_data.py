@@ -1,5 +1,4 @@
 """Samples, keys and loaders as functions of counters; folders of images; the command line."""
-import io
 import itertools
 from pathlib import Path
 
@@ -8,7 +7,6 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from torchvision.datasets import CIFAR100
 
 import data
 import eval as evaluation
@@ -46,8 +44,10 @@ def test_align_wants_the_models_classes():
     source.classes = ["cat", "dog"]
     source.align(None, 2)
     source.align(["cat", "dog"], 2)
-    with pytest.raises(UserError, match="2 of other names: cat in the set is dog"):
+    with pytest.raises(UserError, match="another order.*dog, cat instead of cat, dog"):
         source.align(["dog", "cat"], 2)
+    with pytest.raises(UserError, match="has 2 classes.* lacks 1 of these: dog; .* cat, mouse"):
+        source.align(["cat", "mouse"], 2)
     with pytest.raises(UserError, match="has 2 classes, the model 3"):
         source.align(None, 3)
 
@@ -152,6 +152,48 @@ def test_processes_share_the_batches_of_one(world, monkeypatch):
         assert sum((share[step] for share in shares), []) == batch
 
 
+def repeated(batch: int, number: int = 3, epoch: int = 0) -> TrainKeys:
+    keys = TrainKeys(23, batch, number, 0, repeated=True)
+    keys.epoch = epoch
+    return keys
+
+
+def test_repeated_augmentation_takes_each_image_thrice_in_a_row():
+    order = [index for batch in repeated(6) for _, index in batch]
+    images, repetitions = [i % 23 for i in order], [i // 23 for i in order]
+    assert repetitions == [0, 1, 2] * 6
+    assert images[::3] == images[1::3] == images[2::3] and len(set(images[::3])) == 6
+    plain = [index for batch in train_keys(batch=6, number=1) for _, index in batch]
+    assert images[::3] == plain  # in the order of an epoch without
+    assert list(repeated(6, epoch=1)) != list(repeated(6))
+    later = repeated(6)
+    later.start = 2
+    assert list(later) == list(repeated(6))[2:]
+
+
+def test_repetitions_go_to_different_processes(monkeypatch):
+    whole = list(repeated(6))
+    shares = []
+    for rank in range(3):
+        ranks(monkeypatch, rank, 3)
+        shares.append(list(repeated(2)))
+    for step, batch in enumerate(whole):
+        assert sorted(sum((share[step] for share in shares), [])) == sorted(batch)
+        for share in shares:
+            assert len({index % 23 for _, index in share[step]}) == 2
+
+
+def test_repetitions_of_an_image_have_augmentations_of_their_own():
+    class Noise:
+        def __call__(self, image: Image.Image) -> Image.Image:
+            return Image.new("RGB", image.size, tuple(torch.randint(256, (3,)).tolist()))
+
+    samples = Samples(Spoilt(4, set()), Transform(to_rgb, (Noise(),)), seed=0)
+    first, second, again = [samples[0, index] for index in (1, 5, 5)]
+    assert not first.pixels.equal(second.pixels) and second.pixels.equal(again.pixels)
+    assert first.label == second.label
+
+
 def test_keys_start_anywhere():
     whole = list(train_keys(epoch=1))
     for start in range(6):
@@ -242,73 +284,6 @@ def test_a_bad_image_is_an_error_unless_allowed(workers):
         evaluate_all(Spoilt(9, {2, 8}), num_workers=workers)
 
 
-# Folders of images
-
-
-def save(folder: Path, name: str, mode: str) -> np.ndarray:
-    """An image of this mode under this name; the RGB pixels it stands for."""
-    folder.mkdir(parents=True, exist_ok=True)
-    ramp = np.linspace(0, 255, 24 * 20 * 3).reshape(24, 20, 3).astype(np.uint8)
-    image = Image.fromarray(ramp)
-    if mode == "RGBA":
-        image.putalpha(128)
-    elif mode == "LA":
-        image = image.convert("L").convert("LA")
-    else:
-        image = image.convert(mode)
-    image.save(folder / name)
-    return np.asarray(image.convert("RGB"))
-
-
-@pytest.mark.parametrize("mode, name", [
-    ("L", "a.png"), ("L", "a.jpg"), ("CMYK", "a.jpg"), ("RGBA", "a.png"), ("P", "a.png"),
-    ("1", "a.bmp"), ("LA", "a.png"), ("RGB", "a.JPEG"), ("RGB", "a.webp")])
-def test_every_kind_of_image_becomes_rgb(mode, name, tmp_path):
-    expected = save(tmp_path / "train" / "ant", name, mode)
-    source = data.create_dataset("imagefolder", "train", str(tmp_path))
-    image, label = source.load(0)
-    assert image.size == (20, 24) and label == 0
-    image = to_rgb(image)
-    assert image.mode == "RGB"
-    difference = np.abs(np.asarray(image).astype(int) - expected).mean()
-    assert difference < (12 if name.lower().endswith(("jpg", "jpeg", "webp")) else 0.01)
-    assert data.eval_transform(32)(image).shape == (3, 32, 32)
-    for is_fast in (False, True):
-        transform = data.train_transform(40, fast_decode=is_fast)
-        assert transform(source.load(0)[0]).shape == (3, 40, 40)
-
-
-def test_labels_follow_the_names_of_the_folders(tmp_path):
-    for number, name in enumerate(("n02", "n01", "n10")):
-        for i in range(number + 1):
-            save(tmp_path / "val" / name, f"{i}.png", "RGB")
-    save(tmp_path / "val" / "n01", "deep.txt.png", "L")
-    (tmp_path / "val" / "n01" / "notes.txt").write_text("no image")
-    source = data.create_dataset("imagefolder", "val", str(tmp_path))
-    assert source.classes == ["n01", "n02", "n10"] and len(source) == 7
-    for index in range(7):
-        label = source.load(index)[1]
-        assert Path(source.name_of(index)).parent.name == source.classes[label]
-
-
-@pytest.mark.parametrize("is_fast", [False, True])
-def test_a_truncated_jpeg_is_not_half_an_image(is_fast, tmp_path):
-    """Even at a scale at which what is there would do: the next image stands in for it."""
-    for name in ("a.jpg", "b.jpg"):
-        big_jpeg(tmp_path / "train" / "ant" / name)
-    path = tmp_path / "train" / "ant" / "a.jpg"
-    path.write_bytes(path.read_bytes()[:-2000])
-    source = data.create_dataset("imagefolder", "train", str(tmp_path))
-    with pytest.raises(loading.UNREADABLE):
-        source.load(0)[0].load()
-    transform = data.train_transform(40, fast_decode=is_fast)
-    samples = Samples(source, transform, seed=0)
-    assert samples[0, 0].index == 0 and not samples[0, 0].readable
-    loader = data.eval_loader(source, transform, batch_size=2, num_workers=0)
-    with pytest.raises(UserError, match=r"a.jpg \(image file is truncated.*--skip-bad-images"):
-        list(loader)
-
-
 def big_jpeg(path: Path, size: tuple[int, int] = (500, 400)) -> None:
     """Smooth shapes and fine noise, as a photograph has."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -317,29 +292,6 @@ def big_jpeg(path: Path, size: tuple[int, int] = (500, 400)) -> None:
     pixels = np.asarray(coarse.resize(size, Image.Resampling.BICUBIC)).astype(int)
     noise = rng.integers(-8, 9, pixels.shape)
     Image.fromarray(np.clip(pixels + noise, 0, 255).astype(np.uint8)).save(path, quality=90)
-
-
-@pytest.mark.filterwarnings("ignore")  # Pillow's, about the damage
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM"])
-def test_whatever_is_wrong_with_a_file_counts_as_unreadable(kind, tmp_path):
-    """No damage gets past the list of errors that mark an image as bad."""
-    (tmp_path / "train" / "ant").mkdir(parents=True)
-    path = tmp_path / "train" / "ant" / "a.png"  # told apart by content, not by name
-    buffer = io.BytesIO()
-    rng = np.random.default_rng(0)
-    Image.fromarray(rng.integers(0, 255, (20, 24, 3), dtype=np.uint8)).save(buffer, kind)
-    whole = buffer.getvalue()
-    path.write_bytes(whole)
-    source = data.create_dataset("imagefolder", "train", str(tmp_path))
-    to_rgb(source.load(0)[0])
-    num_bad = 0
-    for length in np.linspace(0, len(whole) - 40, 60).astype(int):
-        path.write_bytes(whole[:length])
-        try:
-            to_rgb(source.load(0)[0])
-        except loading.UNREADABLE:
-            num_bad += 1
-    assert num_bad > 30
 
 
 def test_outlines_through_the_registry():
@@ -355,43 +307,18 @@ def test_outlines_through_the_registry():
     assert "train" in train.name_of(3) and "3" in train.name_of(3)
 
 
-class FakeCifar(CIFAR100):
-    """Three samples, and a note of every construction, in place of the 170 MB."""
-
-    made: list[tuple] = []
-
-    def __init__(self, root: str, train: bool, download: bool = False) -> None:
-        self.made.append((root, train, download))
-        self.data = np.full((3, 32, 32, 3), 40 if train else 80, dtype=np.uint8)
-        self.targets = [7, 0, 99]
-        self.classes = [f"class {i}" for i in range(100)]
-        self.transform = self.target_transform = None
-
-
-@pytest.mark.parametrize("options", [{"split": 3}, {"data_path": 3}, {"name": "x"}])
+@pytest.mark.parametrize("options", [{"part": 3}, {"data_path": 3}, {"name": "x"}])
 def test_what_the_program_passes_is_no_option(options):
     with pytest.raises(UserError, match=f"^{next(iter(options))} .*data set 'imagefolder'"):
         data.create_dataset("imagefolder", "train", None, **options)
 
 
-def test_a_split_as_an_option_gets_one_sentence(capsys, tmp_path):
-    code = train_kd.main(["--teacher", "none", "--data-set", "imagefolder", "split=3",
+def test_a_part_as_an_option_gets_one_sentence(capsys, tmp_path):
+    code = train_kd.main(["--teacher", "none", "--data-set", "imagefolder", "part=3",
                           "--output-dir", str(tmp_path / "runs")])
     lines = capsys.readouterr().err.splitlines()
     assert code == 2 and len(lines) == 1 and not (tmp_path / "runs").exists()
-    assert lines[0].startswith("train_kd.py: error: split ") and "'imagefolder'" in lines[0]
-
-
-def test_cifar(monkeypatch):
-    monkeypatch.setattr("data.datasets.CIFAR100", FakeCifar)
-    monkeypatch.setattr(FakeCifar, "made", [])
-    train, val = (data.create_dataset("cifar100", split, "there") for split in ("train", "val"))
-    assert FakeCifar.made == [("there", True, True), ("there", True, False),
-                              ("there", False, True), ("there", False, False)]
-    assert len(train) == 3 and len(train.classes) == 100
-    assert train.load(2)[1] == 99 and train.load(2)[0].size == (32, 32)
-    assert [np.asarray(source.load(0)[0])[0, 0, 0] for source in (train, val)] == [40, 80]
-    assert "train" in train.name_of(2) and "2" in train.name_of(2)
+    assert lines[0].startswith("train_kd.py: error: part ") and "'imagefolder'" in lines[0]
 
 
 # The command line and recipes

@@ -1,10 +1,18 @@
 """What many processes share, and how the programs end."""
+import os
+import socket
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+
 import pytest
 import torch
 
 from utils import distributed
 from utils.checkpoint import find_saved
 from utils.config import Parser, program
+from utils.distributed import Place, find_place
 from utils.optim import resolve_batch
 from utils.registry import UserError
 
@@ -18,7 +26,7 @@ def run_raising(error: Exception) -> int:
 
 
 @pytest.mark.parametrize("error, code, words", [
-    (UserError("a sentence."), 2, "prog: error: a sentence."),
+    (UserError("a\nsentence."), 2, "prog: error: a sentence."),
     (torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB\nmore"), 2, "Lower --batch-size"),
     (KeyboardInterrupt(), 130, "interrupted"),
 ])
@@ -40,11 +48,12 @@ def test_our_own_mistakes_keep_their_traceback(monkeypatch):
 
 def test_processes_must_see_the_same_checkpoint(tmp_path, monkeypatch):
     file = tmp_path / "checkpoint-last.pth"
-    torch.save({"optimizer": {}, "args": {}, "step": 7}, file)
-    assert find_saved(tmp_path, None, True, {}, {})[0] == file
+    settings = {"steps_per_epoch": 10, "epochs": 2}
+    torch.save({"optimizer": {}, "args": settings, "step": 7, "epoch": 0}, file)
+    assert find_saved(tmp_path, None, True, settings, {})[0] == file
     monkeypatch.setattr("utils.checkpoint.gather_objects", lambda step: [step, None])
     with pytest.raises(UserError, match=r"updates \[7, None\].*storage that all machines share"):
-        find_saved(tmp_path, None, True, {}, {})
+        find_saved(tmp_path, None, True, settings, {})
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
@@ -53,6 +62,83 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(UserError, match=r"2 or more processes .* 1 CUDA device.*nproc_per_node"):
         distributed.setup("cuda")
+
+
+OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2",
+            "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
+MEETING = {"MASTER_ADDR": "gpu7", "MASTER_PORT": "1234"}
+BATCH_JOB = {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+
+
+@pytest.mark.parametrize("environ, expected", [
+    ({}, Place()),
+    ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", **MEETING},
+     Place("torchrun", 1, 2, 0, "gpu7", 1234)),
+    ({"RANK": "1", "WORLD_SIZE": "2", **MEETING}, Place("torchrun", 1, 2, None, "gpu7", 1234)),
+    ({"RANK": "0", "WORLD_SIZE": "1"}, Place("torchrun")),
+    (OPEN_MPI, Place("mpirun", 1, 2, 1)),
+    ({**OPEN_MPI, **BATCH_JOB}, Place("mpirun", 1, 2, 1)),  # within a job of Slurm
+    ({"PMI_RANK": "3", "PMI_SIZE": "4", **MEETING}, Place("MPICH", 3, 4, None, "gpu7", 1234)),
+    (BATCH_JOB, Place()),  # its script, not one of its tasks
+    ({**BATCH_JOB, **MEETING}, Place("srun", 0, 4, 0, "gpu7", 1234)),
+    ({"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "5",
+      "SLURM_STEP_TASKS_PER_NODE": "2(x2)", "SLURM_STEP_NODELIST": "gpu[03-04,7],big1"},
+     Place("srun", 3, 4, 1, "gpu03", 33066)),
+])
+def test_every_launcher_tells_a_process_its_place(environ, expected):
+    assert find_place(environ) == expected
+
+
+@pytest.mark.parametrize("environ, words", [
+    ({"WORLD_SIZE": "2"}, "RANK must be a whole number"),
+    ({"WORLD_SIZE": "two", "RANK": "0"}, "got 'two'"),
+    ({"RANK": "1"}, "RANK=1 and WORLD_SIZE=not set"),
+    ({"RANK": "1", "WORLD_SIZE": "2"}, "Set MASTER_ADDR"),
+    ({"PMI_RANK": "0", "PMI_SIZE": "2"}, "Set MASTER_ADDR"),
+    ({**BATCH_JOB, "SLURM_PROCID": "1"}, "Set MASTER_ADDR"),
+])
+def test_an_environment_that_tells_too_little_names_torchrun(environ, words):
+    with pytest.raises(UserError, match=words) as caught:
+        find_place(environ)
+    assert "torchrun" in str(caught.value)
+
+
+def test_processes_that_do_not_meet_say_so(monkeypatch):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
+                        "MASTER_PORT": str(free_port())}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setattr(distributed, "JOIN", timedelta(seconds=1))
+    with pytest.raises(UserError, match="process 1 of 2.* did not meet at localhost:.*torchrun"):
+        distributed.setup("cpu")
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("localhost", 0))
+        return one.getsockname()[1]
+
+
+def test_processes_of_mpirun_join_and_find_their_machine():
+    """Without a rank within the machine."""
+    code = ("from utils import distributed as d; d.setup('cpu'); print(d.rank(), d.world_size(), "
+            "d.is_first_here(), d.gather_objects(d.rank())); d.end_process(0)")
+    environ = {**os.environ, "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    processes = [subprocess.Popen(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent.parent, text=True,
+        env={**environ, "OMPI_COMM_WORLD_RANK": rank, "OMPI_COMM_WORLD_SIZE": "2"},
+        stdout=subprocess.PIPE) for rank in "01"]
+    printed = [process.communicate(timeout=100)[0] for process in processes]
+    assert printed == ["0 2 True [0, 1]\n", "1 2 False [0, 1]\n"]
+
+
+def test_the_word_of_a_launcher_is_no_unknown_flag(monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(UserError, match="local-rank.*torchrun"):
+        Parser(prog="prog").parse(["--local-rank=1"])
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for word in ("--local-rank=1", "--local_rank=1"):
+        assert Parser(prog="prog").parse([word]).given == []
 
 
 @pytest.mark.parametrize("batch, world, accum, effective, expected", [

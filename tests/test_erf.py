@@ -361,7 +361,7 @@ def write_images(folder, number: int = 2) -> None:
 
 def test_images_from_a_folder_with_val_or_the_folder_itself(weights, tmp_path, capsys):
     write_images(tmp_path / "set" / "val")
-    words = command(weights[:1], "")
+    words = command(weights[:1], "unused")
     words[words.index("--data-set") + 1:words.index("--data-set") + 3] = ["imagefolder"]
     for path, out in ((tmp_path / "set", "a"), (tmp_path / "set" / "val", "b")):
         assert main([*words, "--data-path", str(path), "--out", str(tmp_path / out)]) == 0

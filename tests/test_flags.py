@@ -19,7 +19,9 @@ TRAINING = ["--seed 1", "--scale 0.5 0.6", "--ratio 1 1", "--hflip 0", "--aa non
             "--lr 1e-3", "--min-lr 5e-3", "--warmup-steps 3", "--weight-decay 0.5",
             "--weight-decay-end 5", "--layer-decay 0.7", "--opt-betas 0.5 0.9", "--opt-eps 1e-3",
             "--clip-grad 0.1", "--amp bf16", "--amp fp16", "--student resnet_nano drop_path=0.5",
-            "--student resnet_nano zero_init_residual=false", "--loss ce weight=2", "--epochs 2"]
+            "--student resnet_nano zero_init_residual=false", "--loss ce weight=2", "--epochs 2",
+            "--opt sgd", "--opt lamb", "--bce", "--repeated-aug", "--aa ta", "--aa 3a",
+            "--freeze backbone", "--freeze 1", "--student resnet_nano stem=small"]
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +64,13 @@ def test_training_flags_matter(base, tmp_path, words):
     changed, changed_log = run(tmp_path, words)
     assert differs(saved["model"], changed["model"])
     assert log["train_loss"] != changed_log["train_loss"]
+
+
+@pytest.mark.parametrize("words", ["--momentum 0.5", "--no-nesterov"])
+def test_flags_of_sgd_matter(tmp_path, words):
+    plain, _ = run(tmp_path / "plain", "--opt sgd")
+    changed, _ = run(tmp_path / "changed", f"--opt sgd {words}")
+    assert differs(plain["model"], changed["model"])
 
 
 SPARSE_BASE = "--student slak_pico dims=16,32 --sparsity 0.4 --prune-every 1"

@@ -9,8 +9,10 @@ from torch import Tensor
 from models import create_model
 from models.base import IMAGENET_MEAN, IMAGENET_STD
 from models.distiller import FrozenTeacher
-from models.weights import PUBLISHED, describe_origin, load_weights, without_computed
-from tests.helpers import fill_by_name, micro_convnext_bn, read_json
+from models.published import PUBLISHED
+from models.state_dicts import describe_origin, without_computed
+from models.weights import load_weights
+from tests.helpers import fill_by_name, read_json
 from utils.registry import UserError
 
 REFERENCE = read_json("full_models")
@@ -182,45 +184,6 @@ def test_wrong_kernels_are_named(tmp_path):
     torch.save({"model": model.state_dict()}, tmp_path / "a.pth")
     with pytest.raises(UserError, match="weights of slak_nano kernel_size=13,11,9,7,3"):
         load_weights(create_model("slak_nano", 10), tmp_path / "a.pth")
-
-
-# Out again
-
-
-@pytest.mark.parametrize("model", [micro_convnext_bn, lambda: micro_convnext_bn(bn=False)])
-def test_a_convnext_with_batchnorm_is_written_as_the_original(model, tmp_path, capsys):
-    from analysis import export
-
-    student = fill_by_name(model()).eval()
-    export.export(student, tmp_path / "original.pth")
-    original = create_model("convnext_nano", 10, depths=(1, 1, 2, 1), dims=(8, 16, 24, 32)).eval()
-    load_weights(original, tmp_path / "original.pth")
-    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        torch.testing.assert_close(original(images), student(images), rtol=1e-4, atol=1e-5)
-    with pytest.raises(UserError, match="must be a file that does not exist yet"):
-        export.export(student, tmp_path / "original.pth")
-
-
-@pytest.mark.parametrize("build, words", [
-    (lambda: create_model("resnet_nano", 10), "ResNet is no ConvNeXt"),
-    (lambda: create_model("slak_nano", 10), "another SLaK")])
-def test_what_is_no_convnext_is_not_written_as_one(build, words, tmp_path):
-    from analysis import export
-
-    with pytest.raises(UserError, match=words):
-        export.export(build(), tmp_path / "x.pth")
-
-
-def test_the_export_command(tmp_path, capsys):
-    from analysis import export
-
-    torch.save(create_model("convnext_bn_nano", 10).state_dict(), tmp_path / "bn.pth")
-    words = ["--model", "convnext_bn_nano", "--num-classes", "10", "--out",
-             str(tmp_path / "out.pth")]
-    assert export.main([*words, "--weights", str(tmp_path / "bn.pth")]) == 0
-    load_weights(create_model("convnext_nano", 10), tmp_path / "out.pth")
-    assert export.main(words) == 2 and "give either" in capsys.readouterr().err
 
 
 def test_safetensors(tmp_path):

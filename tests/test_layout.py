@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("models", "losses", "data", "utils", "analysis")
-MAINS = ("train_kd", "eval")
-OURS = {*PACKAGES, *MAINS, "engine", "tests"}
+MAINS = ("train_kd", "eval", "predict")
+OURS = {*PACKAGES, *MAINS, "engine", "hubconf", "tests"}
 
 # Which of our modules each place may import; a prefix stands for all below it.
 PROGRAM_MAY = {"models", "losses", "data", "engine", "utils"}
@@ -24,26 +24,29 @@ MAY_IMPORT = {
     "analysis/benchmark": {"analysis", *PROGRAM_MAY},  # it runs the real step
     "train_kd": PROGRAM_MAY,
     "eval": PROGRAM_MAY,
+    "predict": PROGRAM_MAY,
+    "hubconf": {"models", "predict"},
 }
 # Third-party packages; safetensors is optional, looked for when a file of its kind is read, and
 # Triton, which comes with PyTorch on most machines.
 THIRD_PARTY = {"utils": {"torch", "numpy", "yaml", "tqdm", "safetensors"},
-               "models": {"torch", "torchvision", "triton"}, "losses": {"torch"},
+               "models": {"torch", "torchvision", "triton", "timm"}, "losses": {"torch"},
                "data": {"torch", "numpy", "torchvision", "PIL"},
-               "engine": {"torch"}, "train_kd": {"torch"}, "eval": {"torch", "numpy"}}
+               "engine": {"torch"}, "train_kd": {"torch"}, "eval": {"torch", "numpy"},
+               "predict": {"torch", "torchvision", "PIL"}, "hubconf": set()}
 LONGEST_FILE, LONGEST_LOSS = 450, 90  # lines
 LONGEST_FUNCTION, LONGEST_MAIN = 60, 120
 
 
 def source_files() -> list[Path]:
     """Every Python file of the program, relative to the repository."""
-    files = [ROOT / "engine.py", *(ROOT / f"{name}.py" for name in MAINS)]
+    files = [ROOT / "engine.py", ROOT / "hubconf.py", *(ROOT / f"{name}.py" for name in MAINS)]
     files += [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
     return [path.relative_to(ROOT) for path in files]
 
 
 PROGRAM = source_files()
-TESTS = [path.relative_to(ROOT) for path in sorted((ROOT / "tests").glob("*.py"))]
+TESTS = [path.relative_to(ROOT) for path in sorted((ROOT / "tests").rglob("*.py"))]
 IDS = dict(ids=str)
 
 
@@ -102,10 +105,21 @@ def test_third_party_packages(path):
     assert not foreign_imports(path, tree_of(path))
 
 
-def test_torchvision_models_have_two_homes():
+def test_networks_of_timm_have_one_home():
+    """There it is imported inside the functions that need it: all else works without."""
+    users = {path.as_posix() for path in PROGRAM if path.parts[0] == "models"
+             and is_below_any(imported(tree_of(path)), "timm")}
+    assert users == {"models/library.py"}
+    library = tree_of(Path("models/library.py"))
+    assert not is_below_any(imported(ast.Module([node for node in library.body if isinstance(
+        node, (ast.Import, ast.ImportFrom))], [])), "timm")
+
+
+def test_homes_of_torchvision_models():
+    """predict.py takes the words for ImageNet's classes from there."""
     users = {path.as_posix() for path in PROGRAM
              if is_below_any(imported(tree_of(path)), "torchvision.models")}
-    assert users <= {"models/transformers.py", "models/efficient.py"}
+    assert users <= {"models/transformers.py", "models/efficient.py", "predict.py"}
 
 
 def is_below_any(names: set[str], prefix: str) -> bool:
@@ -116,6 +130,7 @@ def is_below_any(names: set[str], prefix: str) -> bool:
 def test_nothing_but_tests_imports_the_mains(path):
     names = {name.split(".")[0] for name in imported(tree_of(path))}
     assert not names & {"train_kd", "eval"} or path in TESTS
+    assert "predict" not in names or path in (*TESTS, Path("hubconf.py"))
     assert "tests" not in names or path in TESTS
 
 
@@ -148,7 +163,7 @@ def namespaces(tree: ast.AST) -> list[int]:
     return lines
 
 
-MAY_HOLD_ARGS = {"train_kd.py", "eval.py", "utils/config.py"}
+MAY_HOLD_ARGS = {"train_kd.py", "eval.py", "predict.py", "utils/config.py"}
 
 
 @pytest.mark.parametrize("path", [path for path in PROGRAM
@@ -231,7 +246,8 @@ def test_no_path_of_one_machine():
 
 
 @pytest.mark.parametrize("package, helpers", [
-    ("models", {"base", "distiller", "layers", "sparsity", "weights"}), ("losses", {"base"})])
+    ("models", {"base", "distiller", "layers", "published", "sparsity", "state_dicts", "weights"}),
+    ("losses", {"base"})])
 def test_everything_is_registered_by_an_import(package, helpers):
     """Helpers register nothing; any other file is a model or loss and must be imported."""
     names = {path.stem for path in (ROOT / package).glob("*.py")} - {"__init__"} - helpers

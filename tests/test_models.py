@@ -366,6 +366,67 @@ def test_vit_image_size():
         create_model("vit_nano", image_size=70)
 
 
+def test_vit_positions_of_another_image_size_are_resized_as_in_deit():
+    """The class token's position stays; of those of the patches each channel is a small image."""
+    small, large = [create_model("vit_nano", 10, image_size=size) for size in (64, 96)]
+    fill_by_name(small)
+    state = large.convert_state_dict(small.state_dict())
+    large.load_state_dict(state)
+    table, own = small.encoder.pos_embedding[0], large.encoder.pos_embedding[0]
+    assert torch.equal(own[0], table[0])
+    for channel in (0, 95):
+        grid = table[1:, channel].view(1, 1, 4, 4)
+        torch.testing.assert_close(own[1:, channel].view(1, 1, 6, 6), F.interpolate(
+            grid, (6, 6), mode="bicubic", align_corners=False))
+    timms = {"pos_embed": small.state_dict()["encoder.pos_embedding"]}
+    assert large.convert_state_dict(timms)["encoder.pos_embedding"].shape == (1, 37, 96)
+    assert torch.equal(small.convert_state_dict(small.state_dict())["encoder.pos_embedding"],
+                       small.encoder.pos_embedding)
+    other = {"encoder.pos_embedding": torch.zeros(1, 30, 96)}  # no square: left to be refused
+    assert large.convert_state_dict(other)["encoder.pos_embedding"].shape == (1, 30, 96)
+
+
+def test_swin_tables_of_another_window_are_resized_as_by_its_authors(capsys):
+    small, large = [create_model("swin_nano", 10, window=window) for window in (4, 6)]
+    fill_by_name(small)
+    large.load_state_dict(large.convert_state_dict({
+        name: value for name, value in small.state_dict().items()
+        if not name.endswith("relative_position_index")}), strict=False)
+    name = "features.5.1.attn.relative_position_bias_table"
+    table, own = small.state_dict()[name], large.state_dict()[name]
+    assert table.shape == (49, 4) and own.shape == (121, 4)
+    torch.testing.assert_close(own[:, 2].view(1, 1, 11, 11), F.interpolate(
+        table[:, 2].view(1, 1, 7, 7), (11, 11), mode="bicubic", align_corners=False))
+    assert "5 tables of relative positions resized to windows of 6 x 6" in capsys.readouterr().out
+    with torch.no_grad():  # 96 px: a first map of 24, four windows of 6
+        assert large.eval()(torch.zeros(1, 3, 96, 96)).isfinite().all()
+
+
+# Networks for 32 px
+
+
+@pytest.mark.parametrize("name", ["resnet_nano", "resnet50", "convnext_nano", "convnextv2_nano",
+                                  "convnext_bn_nano", "slak_nano"])
+def test_the_small_stem_sees_every_pixel(name):
+    model = meta_model(name, stem="small").eval()
+    output = model.forward_with_features(torch.empty(2, 3, 32, 32, device="meta"))
+    assert [info.stride for info in model.feature_info] == [1, 2, 4, 8]
+    for feature, info in zip(output.features, model.feature_info):
+        assert feature.shape == (2, info.channels, 32 // info.stride, 32 // info.stride)
+    ids, plain = model.layer_ids(), meta_model(name).layer_ids()
+    assert ids == plain  # the same names
+    assert type(model).options_of(model.state_dict())["stem"] == "small"
+    assert "stem" not in type(model).options_of(meta_model(name).state_dict())
+
+
+def test_the_small_stem_folds():
+    model = fill_by_name(create_model("slak_pico", 10, stem="small")).eval()
+    images = make_images(model, 32)
+    with torch.no_grad():
+        expected = model(images)
+        assert relative_error(model.fold()(images), expected) < 1e-5
+
+
 # Wrong names and options
 
 
@@ -375,7 +436,7 @@ def test_unknown_model_names_the_nearest():
     assert isinstance(caught.value, UserError) and isinstance(caught.value, KeyError)
     message = str(caught.value)
     assert message.startswith("unknown model 'resnet5'. Known: convnext_b, ")
-    assert "Did you mean 'resnet50'?" in message and "models/__init__.py" in message
+    assert "Did you mean 'resnet50' or 'resnet50d'?" in message and "models/__init__.py" in message
 
 
 @pytest.mark.parametrize("name, option, nearest", [
@@ -412,6 +473,10 @@ def test_what_the_program_passes_is_refused_on_the_command_line(word, capsys):
     ("slak_nano", {"depths": "3"}, "'depths'.* must be tuple or list, got '3'"),
     ("resnet_nano", {"block": 3}, "'block'.* must be str, got 3"),
     ("resnet_nano", {"block": "wide"}, "one of basic, bottleneck; got 'wide'"),
+    ("resnet_nano", {"stem": "tiny"}, "stem must be large, .* or small.*got 'tiny'"),
+    ("resnet_d_nano", {"stem": "small"}, "without deep_stem"),
+    ("slak_nano", {"stem": "large"}, "stem must be patch, .* or small.*got 'large'"),
+    ("swin_nano", {"window": 0}, "window must be 1 to 64"),
     ("vit_nano", {"image_size": 64.0}, "'image_size'.* must be int, got 64.0"),
     ("slak_nano", {"kernel_size": (51, 49, 47, 13)}, r"kernel_size takes .*\[51, 49, 47, 13\]"),
     ("slak_nano", {"kernel_size": 51}, "'kernel_size' .* must be tuple or list, got 51"),

@@ -12,8 +12,10 @@ from models.distiller import Distiller
 from tests.helpers import micro_slak, read_json
 from utils.optim import (
     ModelEma,
-    build_adamw,
+    build_optimizer,
     cosine_schedule,
+    fit_batch,
+    optimizer_form,
     parameter_groups,
     restore_optimizer,
     set_hyperparameters,
@@ -22,8 +24,6 @@ from utils.registry import UserError
 
 REFERENCE = read_json("schedules")
 NANO = [name for name in list_models() if name.endswith("_nano")]
-REFUSING = [name for name in NANO
-            if type(create_model(name, 10)).layer_ids is VisionModel.layer_ids]
 STEPS_PER_EPOCH = 312  # 1,281,167 images at batch 4096
 
 # Schedules
@@ -135,14 +135,14 @@ def test_layer_decay_out_of_range_is_refused(layer_decay):
 # Layer ids
 
 
-@pytest.mark.parametrize("name", [name for name in NANO if name not in REFUSING])
+@pytest.mark.parametrize("name", NANO)
 def test_layer_ids_cover_every_parameter_and_end_at_the_head(name):
     model = create_model(name, 10)
     ids = model.layer_ids()
     names = [key for key, _ in model.named_parameters()]
     assert set(ids) == set(names)
     assert min(ids.values()) == 0
-    head = [key for key in names if key.startswith(("head.", "fc."))]
+    head = [f"{key}.{end}" for key in model.classifiers for end in ("weight", "bias")]
     assert {ids[key] for key in head} == {max(ids.values())}
     groups = parameter_groups(model, 0.05, 0.9)
     assert max(group["lr_scale"] for group in groups) == 1.0
@@ -174,14 +174,38 @@ def test_layer_ids_of_a_27_block_stage():
     assert ids["norm.weight"] == ids["head.weight"] == 13
 
 
-@pytest.mark.parametrize("name", REFUSING)
-def test_models_without_layer_ids_refuse_layer_decay_in_words(name):
-    model = create_model(name, 10)
-    for module in (model, Distiller(model, {}, {})):
-        with pytest.raises(UserError, match=f"--layer-decay is not defined for "
-                                            f"{type(model).__name__}.*Leave --layer-decay at 1"):
+# One id per block, the last one for the head. As numbered by BEiT, Swin's authors and timm.
+@pytest.mark.parametrize("name, last, some", [
+    ("deit_s", 13, {"class_token": 0, "encoder.pos_embedding": 0, "conv_proj.weight": 0,
+                    "encoder.layers.encoder_layer_3.ln_1.weight": 4, "encoder.ln.weight": 13}),
+    ("swin_t", 13, {"features.0.2.weight": 0, "features.2.reduction.weight": 2,
+                    "features.3.0.norm1.weight": 3, "features.5.5.norm1.weight": 10,
+                    "features.6.norm.weight": 10, "features.7.0.norm1.weight": 11,
+                    "norm.weight": 13}),
+    ("cswin_t", 26, {"merge1.conv.weight": 1, "stage2.0.qkv.weight": 2,
+                     "merge2.conv.weight": 3, "stage4.0.qkv.weight": 25, "norm.weight": 26}),
+    ("efficientnet_b3", 27, {"features.0.0.weight": 0, "features.1.0.block.0.0.weight": 1,
+                             "features.1.1.block.0.0.weight": 2, "features.8.0.weight": 26}),
+    ("mobilenetv3_l", 17, {"features.1.block.0.0.weight": 1, "features.16.0.weight": 16,
+                           "classifier.0.weight": 16})])
+def test_layer_ids_of_blocks(name, last, some):
+    with torch.device("meta"):
+        ids = create_model(name).layer_ids()
+    assert set(ids.values()) == set(range(last + 1))
+    assert {key: ids[key] for key in some} == some
+
+
+def test_a_network_without_named_blocks_refuses_layer_decay_in_words():
+    class Unnamed(VisionModel):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(2, 2)
+
+    for module in (Unnamed(), Distiller(Unnamed(), {}, {})):
+        with pytest.raises(UserError, match="Unnamed does not name its stages and blocks, which "
+                                            "--layer-decay"):
             parameter_groups(module, 0.05, 0.7)
-    assert parameter_groups(model, 0.05, 1.0)
+        assert parameter_groups(module, 0.05, 1.0)
 
 
 # The optimizer
@@ -189,7 +213,7 @@ def test_models_without_layer_ids_refuse_layer_decay_in_words(name):
 
 def test_adamw_and_its_hyperparameters():
     groups = parameter_groups(micro_slak(), 0.05, 0.7)
-    optimizer = build_adamw(groups, lr=3e-3, betas=(0.8, 0.95), eps=1e-6)
+    optimizer = build_optimizer("adamw", groups, lr=3e-3, betas=(0.8, 0.95), eps=1e-6)
     assert isinstance(optimizer, torch.optim.AdamW)
     assert {(group["betas"], group["eps"]) for group in optimizer.param_groups} == {
         ((0.8, 0.95), 1e-6)}
@@ -201,11 +225,96 @@ def test_adamw_and_its_hyperparameters():
     assert len({group["lr"] for group in optimizer.param_groups}) > 3
 
 
+def updated(name: str, updates: int = 6, stop_at: int | None = None, **options) -> dict:
+    """A small network after updates with fixed gradients; at `stop_at` its state and the
+    optimizer's go through a checkpoint into new ones."""
+    def build() -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+        return model, build_optimizer(name, parameter_groups(model, 0.1), lr=0.0, **options)
+
+    model, optimizer = build()
+    for step in range(updates):
+        if step == stop_at:
+            states = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+            model, optimizer = build()
+            model.load_state_dict(states[0])
+            optimizer_form(optimizer, states[1], True)
+            restore_optimizer(optimizer, states[1])
+        set_hyperparameters(optimizer, 0.1 / (step + 1), 0.2)
+        for key, parameter in model.named_parameters():
+            values = torch.arange(parameter.numel()).add(step).sin().view(parameter.shape)
+            parameter.grad = values * (1.0 if key.endswith("weight") else -2.0)
+        optimizer.step()
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("name, options", [
+    ("adamw", {}), ("lamb", {}), ("sgd", {}), ("sgd", {"momentum": 0.0}),
+    ("sgd", {"nesterov": False})])
+def test_an_optimizer_goes_on_bit_for_bit(name, options):
+    whole, stopped = updated(name, **options), updated(name, stop_at=3, **options)
+    assert all(torch.equal(value, stopped[key]) for key, value in whole.items())
+
+
+def test_optimizers_and_their_options_matter():
+    runs = [updated(*words, **options) for words, options in (
+        (("adamw",), {}), (("lamb",), {}), (("sgd",), {}), (("sgd",), {"momentum": 0.5}),
+        (("sgd",), {"nesterov": False}), (("lamb",), {"betas": (0.5, 0.9)}),
+        (("lamb",), {"eps": 0.1}))]
+    assert len({run["0.weight"].sum().item() for run in runs}) == len(runs)
+
+
+def test_lamb_steps_as_written():
+    """Algorithm 2 of the paper in NumPy; what does not decay takes Adam's step."""
+    groups = [{"params": [nn.Parameter(torch.tensor([3.0, -4.0]))], "decays": True},
+              {"params": [nn.Parameter(torch.tensor([3.0, -4.0]))], "decays": False}]
+    optimizer = build_optimizer("lamb", [{**group, "lr_scale": 1.0} for group in groups], lr=0.1,
+                                betas=(0.8, 0.9), eps=1e-3)
+    w, plain, m, v = np.array([3.0, -4.0]), np.array([3.0, -4.0]), np.zeros(2), np.zeros(2)
+    for step in range(1, 5):
+        set_hyperparameters(optimizer, 0.1, 0.5)
+        gradient = np.array([np.sin(step), 2.0])
+        for group in groups:
+            group["params"][0].grad = torch.tensor(gradient, dtype=torch.float32)
+        optimizer.step()
+        m, v = 0.8 * m + 0.2 * gradient, 0.9 * v + 0.1 * gradient ** 2
+        ratio = (m / (1 - 0.8 ** step)) / (np.sqrt(v / (1 - 0.9 ** step)) + 1e-3)
+        update = ratio + 0.5 * w
+        w = w - 0.1 * np.linalg.norm(w) / np.linalg.norm(update) * update
+        plain = plain - 0.1 * ratio
+    for expected, group in zip((w, plain), groups):
+        np.testing.assert_allclose(group["params"][0].detach().numpy(), expected, rtol=1e-5)
+
+
+def test_lamb_moves_what_is_all_zero():
+    weight = nn.Parameter(torch.zeros(2))
+    optimizer = build_optimizer("lamb", [{"params": [weight], "decays": True, "lr_scale": 1.0}],
+                                lr=0.1)
+    weight.grad = torch.tensor([1.0, -1.0])
+    optimizer.step()
+    torch.testing.assert_close(weight.detach(), torch.tensor([-0.1, 0.1]))
+
+
+# Sizes that fit a small data set: images, per process, processes, effective, fixed -> both sizes
+
+
+@pytest.mark.parametrize("sizes, expected", [
+    ((1_281_167, 64, 1, 4096, False), (64, 4096)), ((40_960, 64, 8, 4096, False), (64, 4096)),
+    ((9469, 64, 1, 4096, False), (64, 896)), ((9469, 64, 8, 4096, False), (64, 512)),
+    ((200, 64, 1, 4096, False), (64, 64)), ((40, 64, 1, 4096, False), (32, 32)),
+    ((40, 64, 1, 4096, True), (64, 64)), ((3, 64, 2, 4096, False), (2, 4)),
+    ((5000, 256, 16, 4096, True), (256, 4096))])
+def test_default_batches_fit_a_small_data_set(sizes, expected):
+    *numbers, is_fixed = sizes
+    assert fit_batch(*numbers, is_fixed=is_fixed) == expected
+
+
 def test_adamw_steps_as_written():
     """The first step is lr against the gradient's sign, after a decay by lr * weight_decay."""
     model = nn.Linear(3, 2)
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
-    optimizer = build_adamw(parameter_groups(model, 0.5), lr=1.0, betas=(0.9, 0.999), eps=1e-12)
+    optimizer = build_optimizer("adamw", parameter_groups(model, 0.5), lr=1.0, eps=1e-12)
     set_hyperparameters(optimizer, 0.1, 0.5)
     (model.weight.sum() - model.bias.sum()).backward()
     optimizer.step()
@@ -315,8 +424,7 @@ def test_moments_take_the_layout_of_their_parameter_when_restored():
     def build(layout):
         torch.manual_seed(0)
         model = torch.nn.Conv2d(4, 6, 3).to(memory_format=layout)
-        return model, build_adamw(parameter_groups(model, 0.1), lr=0.1, betas=(0.9, 0.999),
-                                  eps=1e-8)
+        return model, build_optimizer("adamw", parameter_groups(model, 0.1), lr=0.1)
 
     def update(model, optimizer, scale):
         for parameter in model.parameters():

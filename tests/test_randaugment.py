@@ -8,10 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from data import randaugment
-from data.randaugment import OPERATION_NAMES, OPERATIONS, RandAugment, apply_operation, parse_policy
+from data.randaugment import (
+    OPERATION_NAMES,
+    OPERATIONS,
+    RandAugment,
+    ThreeAugment,
+    apply_operation,
+    parse_policy,
+)
 from utils.registry import UnknownName, UserError
 
 # From the published code (timm 0.6.13): one image and what every operation makes of it.
@@ -147,8 +154,9 @@ def test_settings_reach_the_draws(monkeypatch):
     assert min(argument for name, argument in low if name == "SolarizeAdd") == 0  # clipped at 0
 
 
-def test_torch_seed_alone_decides(image):
-    augment = pickle.loads(pickle.dumps(parse_policy("rand-m9-mstd0.5-inc1")))  # as workers get it
+@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "ta", "3a"])
+def test_torch_seed_alone_decides(image, policy):
+    augment = pickle.loads(pickle.dumps(parse_policy(policy)))  # as workers get it
 
     def run(seed):
         torch.manual_seed(seed)
@@ -158,6 +166,22 @@ def test_torch_seed_alone_decides(image):
     np.random.seed(1)
     assert run(3) == first
     assert run(4) != first
+
+
+def test_the_three_of_deit_iii(image):
+    """Each about as often; without the jitter they are what Pillow makes of these words."""
+    augment = ThreeAugment()
+    augment.jitter = lambda image: image
+    grey, solarised = ImageOps.grayscale(image).convert("RGB"), ImageOps.solarize(image, 128)
+    torch.manual_seed(0)
+    results = [augment(image) for _ in range(300)]
+    counts = [sum(result == wanted for result in results) for wanted in (grey, solarised)]
+    blurred = [np.asarray(result) for result in results if result not in (grey, solarised)]
+    assert all(70 < count < 130 for count in (*counts, len(blurred)))
+    roughness = [np.abs(np.diff(pixels.astype(float), axis=0)).mean() for pixels in blurred]
+    assert min(roughness) < np.abs(np.diff(np.asarray(image).astype(float), axis=0)).mean()
+    assert max(roughness) > 1.05 * min(roughness)  # by different radii
+    assert len({np.asarray(ThreeAugment()(image)).tobytes() for _ in range(9)}) == 9
 
 
 def test_policy_string():

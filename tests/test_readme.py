@@ -9,13 +9,14 @@ import torch
 import eval as evaluation
 import losses
 import models
+import predict
 import train_kd
 from analysis import complexity, curves, erf, export, report, similarity
 from analysis.benchmark.__main__ import COMMANDS
 from data.datasets import list_datasets
 from losses.base import LOSSES
 from models.base import MODELS
-from models.weights import published_table
+from models.published import published_table
 from tests.helpers import make_state
 from utils.config import Parser
 from utils.registry import parse_spec
@@ -74,6 +75,7 @@ def test_the_example_of_use_works(tmp_path, monkeypatch):
 
 
 PARSERS = {"train_kd.py": train_kd.build_parser, "eval.py": evaluation.build_parser,
+           "predict.py": predict.build_parser,
            **{f"analysis.{module.__name__.rpartition('.')[2]}": module.build_parser
               for module in (complexity, curves, erf, export, report, similarity)},
            **{f"analysis.benchmark {name}": module.build_parser

@@ -627,7 +627,7 @@ def test_a_checkpoint_without_names_is_imagenets(model, pool, logits, evaluate, 
     assert rows["top-1"] == "100.00 %"
 
 
-@pytest.mark.parametrize("name", [name for name in data.list_datasets() if "imagenet" in name])
+@pytest.mark.parametrize("name", [name for name in data.list_datasets() if "imagenet_" in name])
 def test_nothing_is_trained_on_them(name, capsys, tmp_path):
     one_image(tmp_path, WNIDS[0])
     assert train_kd.main(["--teacher", "none", "--data-set", name, "--data-path", str(tmp_path),

@@ -21,7 +21,7 @@ from analysis.erf import build_parser as erf_parser
 from data.datasets import DATASETS
 from losses import create_losses
 from models import VisionModel, create_model
-from models.weights import published_source
+from models.published import published_source
 from utils import config
 from utils.checkpoint import FREE_ON_RESUME, run_name
 from utils.optim import resolve_batch

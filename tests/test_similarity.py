@@ -161,7 +161,7 @@ def test_networks_of_one_name_are_seeds_of_one(weights, tmp_path, capsys):
 def test_other_classes_are_not_compared(weights, tmp_path, capsys):
     torch.save(models.create_model("slak_pico", 7).state_dict(), tmp_path / "seven.pth")
     save_trained("convnext_bn_pico", 10, tmp_path / "ten" / "checkpoint-last.pth")
-    save_trained("slak_pico", 7, tmp_path / "seven" / "checkpoint-last.pth")
+    save_trained("slak_pico", 7, tmp_path / "seven" / "checkpoint-last.pth", called="kind")
     words = command([], tmp_path / "out", "--checkpoint", *(
         str(tmp_path / name / "checkpoint-last.pth") for name in ("ten", "seven")))
     assert main(words) == 0

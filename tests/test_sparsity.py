@@ -261,9 +261,8 @@ def sparse_state(*, start: str = "erk", total_steps: int = 100, prune_every: int
                  model: nn.Module | None = None, **options) -> engine.TrainState:
     model = model or fill_by_name(micro_slak())
     state = make_state(model, {"ce": {}}, None, fp16_scaler=fp16_scaler)
-    state.optimizer = optim.build_adamw(
-        optim.parameter_groups(state.distiller, 0.05, layer_decay), lr=1e-2, betas=(0.9, 0.999),
-        eps=1e-8)
+    state.optimizer = optim.build_optimizer(
+        "adamw", optim.parameter_groups(state.distiller, 0.05, layer_decay), lr=1e-2)
     state.sparsity = SparseMask(model, state.optimizer, total_steps=total_steps, growth=growth,
                                 prune_every=prune_every, **options)
     if start:

@@ -1,27 +1,40 @@
 """Weights: every layout of a file, what does not fit, what is no checkpoint, and addresses."""
 import argparse
+import datetime
+import decimal
+import json
 import pickle
 import re
 import urllib.error
+from collections import OrderedDict, defaultdict, deque
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torchvision
 from torch import Tensor, nn
 
 from models import create_model, list_models
+from models.base import IMAGENET_MEAN
+from models.distiller import FrozenTeacher
+from models.published import PUBLISHED, local_file, published_source
+from models.state_dicts import describe_difference
 from models.weights import (
-    PUBLISHED,
-    describe_difference,
-    fetch_weights,
+    load_named,
+    load_student,
+    load_teacher,
+    load_trained,
     load_weights,
-    local_file,
-    published_source,
-    read_state_dict,
+    read_weights,
 )
 from tests.helpers import fill_by_name
+from utils.classes import imagenet_wnids
 from utils.registry import UserError
+
+SPEC = ["resnet_nano", "dims=4,8,8,8"]
+WNIDS = imagenet_wnids()
 
 TORCHVISION_NAMES = {"resnet18": "resnet18", "resnet34": "resnet34", "resnet50": "resnet50",
                      "resnet101": "resnet101", "swin_t": "swin_t", "vit_b": "vit_b_16"}
@@ -48,6 +61,10 @@ def make_state(seed: int = 1, num_classes: int = 10) -> dict[str, Tensor]:
 
 def prefixed(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {prefix + name: value for name, value in state.items()}
+
+
+def read_state_dict(path: Path, key: str | None = None) -> dict[str, Tensor]:
+    return read_weights(path, key).state
 
 
 def save(content: object, folder: Path) -> Path:
@@ -79,14 +96,94 @@ LAYOUTS = {
     "module.student.": lambda state: {"model": prefixed("module.student.", state)},
     "backbone.": lambda state: {"state_dict": prefixed("backbone.", state)},
     "with numbers beside the tensors": lambda state: {**state, "epoch": 3},
+    "compiled": lambda state: {"model": prefixed("_orig_mod.", state)},
+    "compiled in DDP": lambda state: {"model": prefixed("module._orig_mod.", state)},
+    "DDP compiled": lambda state: prefixed("_orig_mod.module.", state),
+    "mmpretrain": lambda state: {"meta": {"epoch": 3}, "state_dict": {
+        ("head." if name.startswith("fc.") else "backbone.") + name: value
+        for name, value in state.items()}},
+    "a head without the prefix": lambda state: {
+        ("" if name.startswith("fc.") else "net.") + name: value for name, value in state.items()},
+    "averaged": lambda state: {"n_averaged": torch.tensor(7), **prefixed("module.", state)},
+    "tutorial": lambda state: {"model_state_dict": state, "epoch": 3, "loss": torch.tensor(0.1)},
+    "deepspeed": lambda state: {"module": state, "lr_scheduler": {}, "optimizer": {
+        "state": {0: {"exp_avg": torch.ones(3)}}}},
+    "net": lambda state: {"net": state, "acc": 81.0, "rng": {"torch": torch.get_rng_state()}},
+    "dicts in dicts": lambda state: {"checkpoint": {"net": state, "epoch": 3}, "version": 1},
+    "in half precision": lambda state: {
+        name: value.half() if value.is_floating_point() else value
+        for name, value in state.items()},
 }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_loads(layout, tmp_path):
     model, expected = make_model(), make_state()
+    if layout == "in half precision":
+        expected = {name: value.half().to(value.dtype) for name, value in expected.items()}
     load_weights(model, save(LAYOUTS[layout](expected), tmp_path))
     assert_same(model.state_dict(), expected)
+
+
+def test_of_several_containers_one_is_asked_for(tmp_path):
+    first, second = make_state(seed=1), make_state(seed=2)
+    path = save({"student": first, "teacher": {"net": second}, "ema": second}, tmp_path)
+    with pytest.raises(UserError, match="holds several state dicts: student, ema. Choose one with "
+                                        "--teacher-weights-key"):
+        load_teacher(SPEC, str(path), None, [str(i) for i in range(10)])
+    assert_same(read_state_dict(path, "ema"), second)
+
+
+def test_prefixes_leave_a_file_that_fits_better_as_it_is(tmp_path):
+    """A name that is missing is missing, whatever else the names have in common."""
+    state = prefixed("a.b.", make_state())
+    state.pop("a.b.fc.bias")
+    with pytest.raises(UserError, match=r"fit ResNet: 1 missing \(fc.bias\)\. Check"):
+        load_weights(make_model(), save(state, tmp_path))
+
+
+# Beside the tensors
+
+
+class Settings:
+    """A class of another program."""
+
+
+def harmless() -> dict[str, object]:
+    return {"scalar": np.float64(71.2), "int": np.int64(3), "array": np.ones((2, 2), np.float32),
+            "words": np.array(["a"]), "dtype": np.dtype("f4"), "path": Path("a/b"),
+            "date": datetime.datetime(2024, 1, 1), "span": datetime.timedelta(3),
+            "ordered": OrderedDict(a=1), "default": defaultdict(list, a=[1]),
+            "deque": deque([1, 2], maxlen=3), "args": argparse.Namespace(lr=0.1, out=Path("x")),
+            "space": SimpleNamespace(a=1), "kind": int, "version": torch.__version__,
+            "number": decimal.Decimal("0.1"), "set": {1, 2}, "frozen": frozenset({1}),
+            "complex": 1j, "range": range(3), "device": torch.device("cpu")}
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_what_holds_no_code_may_stand_beside_the_weights(legacy, tmp_path):
+    path = tmp_path / "weights.pth"
+    torch.save({"model": make_state(), **harmless()}, path,
+               _use_new_zipfile_serialization=not legacy)
+    model = make_model()
+    load_weights(model, path)
+    assert_same(model.state_dict(), make_state())
+
+
+def test_names_of_a_file_are_printable_in_a_sentence(tmp_path):
+    odd = {"a\nb\ud800": torch.ones(2), "x" * 9999: torch.ones(2)}
+    for content in ({**make_state(), **odd}, {"a\nb": odd, "c\nd": odd},
+                    {**make_state(), "x\n": torch.ones(2).to_sparse()}):
+        with pytest.raises(UserError) as caught:
+            load_weights(make_model(), save(content, tmp_path))
+        assert str(caught.value).isprintable() and len(str(caught.value)) < 900
+
+
+def test_a_refusal_names_what_it_refuses(tmp_path):
+    path = save({"model": make_state(), "settings": Settings()}, tmp_path)
+    with pytest.raises(UserError, match=r"it holds .*test_weights.Settings, and no code is run "
+                                        "to read a file. Save its state dict alone"):
+        load_weights(make_model(), path)
 
 
 def test_a_text_path_loads(tmp_path):
@@ -148,8 +245,18 @@ def change(state: dict[str, Tensor], what: str) -> dict[str, Tensor]:
         state["fc.scale"] = torch.ones(3)
     elif what == "shape":
         state["conv1.weight"] = torch.ones(4, 3, 3, 3)
-    else:
+    elif what == "classes":
         state = make_state(num_classes=7)
+    elif what in ("NaN", "infinite"):
+        state["bn1.weight"] = torch.full((4,), 1e300 if what == "infinite" else torch.nan,
+                                         dtype=torch.float64)
+    else:
+        odd = {"whole numbers": torch.Tensor.long, "sparse": torch.Tensor.to_sparse,
+               "complex": lambda value: value.to(torch.complex64),
+               "meta": lambda value: value.to("meta"),
+               "expanded": lambda value: torch.ones(1, 1, 1, 1).expand(value.shape),
+               "quantized": lambda value: torch.quantize_per_tensor(value, 0.1, 0, torch.quint8)}
+        state["conv1.weight"] = odd[what](state["conv1.weight"])
     return state
 
 
@@ -158,7 +265,15 @@ def change(state: dict[str, Tensor], what: str) -> dict[str, Tensor]:
     ("unexpected", r"1 unexpected \(fc.scale\)\."),
     ("shape", r"1 of another shape \(conv1.weight \(4, 3, 3, 3\) instead of \(4, 3, 7, 7\)\)\."),
     ("classes", r"2 of another shape \(fc.weight \(7, 8\) instead of \(10, 8\), fc.bias \(7,\) "
-                r"instead of \(10,\)\)\."),
+                r"instead of \(10,\)\)\. The file is for 7 classes, the model has 10"),
+    ("NaN", r"holds weights that are NaN or infinite, in 1 of 62 tensors \(bn1.weight\)"),
+    ("infinite", r"NaN or infinite, in 1 of 62 tensors \(bn1.weight\)"),
+    ("whole numbers", r"conv1.weight holds torch.int64 and should hold torch.float32\."),
+    ("complex", r"conv1.weight is a tensor of torch.complex64. Weights are dense tensors"),
+    ("sparse", "conv1.weight is a nested or sparse tensor"),
+    ("meta", "conv1.weight is a tensor without values"),
+    ("quantized", "conv1.weight is a tensor of torch.quint8"),
+    ("expanded", "conv1.weight is a view of fewer values than it shows"),
 ])
 def test_what_does_not_fit_is_refused_and_changes_nothing(what, sentence, tmp_path):
     path = save({"model": change(make_state(), what)}, tmp_path)
@@ -166,7 +281,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(what, sentence, tmp_pa
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(UserError, match=sentence) as caught:
         load_weights(model, path)
-    assert str(caught.value).startswith(f"{path} does not fit ResNet: ")
+    assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
     assert_same(model.state_dict(), before)
 
 
@@ -390,9 +505,156 @@ def test_the_best_average_is_read_as_the_average(tmp_path, capsys):
 
 def test_a_teacher_may_have_its_average_taken(tmp_path):
     raw, average = create_model("resnet_nano", 10), create_model("resnet_nano", 10)
-    torch.save({"model": raw.state_dict(), "model_ema": average.state_dict()}, tmp_path / "t.pth")
-    model = create_model("resnet_nano", 10)
-    fetch_weights(model, "resnet_nano", str(tmp_path / "t.pth"), "--teacher-weights", "model_ema")
+    path, classes = str(tmp_path / "t.pth"), [str(label) for label in range(10)]
+    torch.save({"model": raw.state_dict(), "model_ema": average.state_dict()}, path)
+    model = load_teacher(["resnet_nano"], path, "model_ema", classes)
     assert torch.equal(model.fc.weight, average.fc.weight)
     with pytest.raises(UserError, match="--teacher-weights: .*no weights under 'ema'.*model_ema"):
-        fetch_weights(model, "resnet_nano", str(tmp_path / "t.pth"), "--teacher-weights", "ema")
+        load_teacher(["resnet_nano"], path, "ema", classes)
+
+
+# Classes by their names
+
+
+def save_classes(folder: Path, classes: list[str] | None, number: int = 0, **beside) -> str:
+    """A file of this many classes, row k of whose classifier is full of k."""
+    number = number or len(classes)
+    state = make_state(num_classes=number)
+    state["fc.weight"] = torch.arange(number).float()[:, None].expand(number, 8).contiguous()
+    state["fc.bias"] = torch.arange(number).float()
+    named = {} if classes is None else {"classes": classes}
+    return str(save({"model": state, **named, **beside}, folder))
+
+
+def rows(model: nn.Module) -> list[int]:
+    assert torch.equal(model.fc.weight[:, 0], model.fc.bias)
+    return model.fc.bias.int().tolist()
+
+
+WORDS = ["ant", "bee", "cat"]
+# classes of the file (None: it names none), their number, those of the data, rows that are kept
+TEACHERS = {
+    "equal": (WORDS, 3, WORDS, [0, 1, 2], ""),
+    "in another order": (WORDS, 3, ["cat", "ant", "bee"], [2, 0, 1], "put into the data's order"),
+    "cut": (WORDS, 3, ["cat", "ant"], [2, 0], "of its 3 classes the data's 2 are kept"),
+    "numbers in order of words": (["0", "1", "10", "2"], 4, ["0", "1", "2", "10"], [0, 1, 3, 2],
+                                  "put into the data's order"),
+    "ImageNet's": (None, 1000, WNIDS, list(range(1000)), ""),
+    "of ImageNet": (None, 1000, [WNIDS[7], WNIDS[0]], [7, 0], "data's 2 are kept"),
+    "ImageNet's by label": (None, 1000, [*map(str, range(1000))], list(range(1000)), "class k"),
+    "by place": (None, 3, ["x", "y", "z"], [0, 1, 2], "do not name their classes"),
+    "others": (WORDS, 3, ["ant", "bee", "dog"], None, "1 of the data's 3 are not among them: dog"),
+    "no synsets": (None, 1000, WORDS, None, "has 1000 classes and does not name them"),
+    "a part of unnamed ones": (None, 4, WORDS, None, "has 4 classes and does not name them"),
+}
+
+
+@pytest.mark.parametrize("case", TEACHERS)
+def test_a_teachers_classes_are_matched_by_name(case, tmp_path, capsys):
+    theirs, number, ours, kept, said = TEACHERS[case]
+    path = save_classes(tmp_path, theirs, number)
+    if kept is not None:
+        teacher = load_teacher(SPEC, path, None, ours)
+        assert rows(teacher) == kept and teacher.classes == ours
+        assert teacher.fc.out_features == teacher.num_classes == len(ours)
+        shown = capsys.readouterr().out
+        assert said in shown and ("teacher:" in shown) == bool(said)
+        return
+    with pytest.raises(UserError, match=said) as caught:
+        load_teacher(SPEC, path, None, ours)
+    assert f"--teacher none --student {' '.join(SPEC)} --student-weights" in str(caught.value)
+    teacher = load_teacher(SPEC, path, None, ours, needs_logits=False)
+    assert teacher.num_classes == 0 and "feature maps alone teach" in capsys.readouterr().out
+    assert FrozenTeacher(teacher, (0,) * 3, (1,) * 3)(torch.zeros(1, 3, 32, 32)) is None
+
+
+def test_a_student_takes_rows_by_name_or_starts_its_classifier_anew(tmp_path, capsys):
+    def start(*args) -> nn.Module:
+        torch.manual_seed(3)
+        return load_student(SPEC, *args)
+
+    path = save_classes(tmp_path, WORDS)
+    assert rows(start(path, None, WORDS)) == [0, 1, 2]
+    assert "student:" not in capsys.readouterr().out
+    assert rows(start(path, None, ["bee", "ant", "cat"])) == [1, 0, 2]
+    assert "put into the data's order, matched by name (bee was class 1)" in capsys.readouterr().out
+    for ours in (["ant", "bee"], ["ant", "bee", "dog"], [*WORDS, "dog"]):
+        student, fresh = start(path, None, ours), start("random", None, ours)
+        assert torch.equal(student.fc.weight, fresh.fc.weight) and student.num_classes == len(ours)
+        assert torch.equal(student.conv1.weight, make_state(num_classes=3)["conv1.weight"])
+        assert (f"its classifier starts anew for the data's {len(ours)} classes"
+                in capsys.readouterr().out)
+    without = make_state(num_classes=3)
+    del without["fc.weight"], without["fc.bias"]
+    start(str(save(without, tmp_path)), None, WORDS)
+    assert "weights.pth are none" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_every_network_says_where_its_classes_are(name, tmp_path):
+    if not name.endswith(("nano", "pico")):
+        with torch.device("meta"):
+            model = create_model(name, 5)
+        assert {len(model.get_submodule(layer).weight) for layer in model.classifiers} == {5}
+        return
+    model = fill_by_name(create_model(name, 5)).eval()
+    images = torch.randn(1, 3, model.input_size, model.input_size)
+    with torch.no_grad():
+        expected = model(images)[:, [3, 0]]
+        cut = model.keep_classes([3, 0])
+        assert torch.allclose(cut(images), expected, atol=1e-6) and cut.num_classes == 2
+
+
+def test_a_file_that_contradicts_itself(tmp_path):
+    path = save_classes(tmp_path, WORDS, number=4)
+    with pytest.raises(UserError, match="names 3 classes, and its classifier has 4"):
+        load_teacher(SPEC, path, None, WORDS)
+
+
+# What the weights expect
+
+
+@pytest.mark.parametrize("there, here, other", [
+    (["vit_nano", "input_norm=half"], ["vit_nano"], "input_norm"),
+    (["vit_nano"], ["vit_nano", "num_heads=6"], "num_heads"),
+    (["vit_nano", "input_mean=0.5"], ["vit_nano"], "input_mean"),
+    (["vit_nano", "image_size=224"], ["vit_nano"], None)])
+def test_another_network_of_the_same_shapes(there, here, other, tmp_path):
+    path = str(save({"model": create_model("vit_nano", 3).state_dict(),
+                     "args": {"student": there, "num_classes": 3}}, tmp_path))
+    if other is None:
+        load_named(here, path, None, 3)
+        return
+    with pytest.raises(UserError, match=f"was trained as `{' '.join(there)}`, which has another "
+                                        f"{other} than"):
+        load_named(here, path, None, 3)
+    model = load_trained(Path(path)).model
+    assert model.input_mean == ((0.5,) * 3 if "input" in " ".join(there) else IMAGENET_MEAN)
+
+
+def test_normalisation_is_an_option_of_every_network(tmp_path, capsys):
+    model = create_model("resnet_nano", 3, input_mean=0.5, input_std=(0.1, 0.2, 0.3))
+    assert model.input_mean == (0.5, 0.5, 0.5) and model.input_std == (0.1, 0.2, 0.3)
+    for wrong in (0, -1.0, (0.5, 0.5), "half", (1.0, 1.0, float("nan")), True):
+        with pytest.raises(UserError, match="input_std must be a positive number, or three"):
+            create_model("resnet_nano", 3, input_std=wrong)
+    path = save_classes(tmp_path, None, 3)
+    load_named(SPEC, path, None, 3)
+    assert "normalised with input_mean=0.485,0.456,0.406 input_std=0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("config, content", [
+    ("config.json", {"architecture": "vit", "pretrained_cfg": {"mean": [0.5] * 3,
+                                                               "std": [0.5] * 3}}),
+    ("preprocessor_config.json", {"image_mean": [0.5] * 3, "image_std": [0.5] * 3})])
+def test_the_normalisation_beside_a_file_is_read(config, content, tmp_path, capsys):
+    path = tmp_path / "model.bin"
+    torch.save(make_state(num_classes=3), path)
+    (tmp_path / config).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"{config} beside it says that it takes images normalised "
+                                        "with input_mean=0.5,0.5,0.5 input_std=0.5,0.5,0.5, and"):
+        load_named(SPEC, str(path), None, 3)
+    load_named([*SPEC, "input_mean=0.5", "input_std=0.5,0.5,0.5"], str(path), None, 3)
+    assert "are options of" not in capsys.readouterr().out
+    (tmp_path / config).write_text("[" * 9999)
+    load_named(SPEC, str(path), None, 3)

@@ -6,15 +6,17 @@ import math
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
-import yaml
+from utils import distributed, faults, foreign, process
+from utils.records import read_yaml
+from utils.registry import UserError, did_you_mean, parse_spec, short
 
-from utils import distributed
-from utils.registry import UserError, did_you_mean
+LONGEST_WORD = 4096  # letters of a word of a command line: a path's
+LARGEST_INT = 2 ** 31 - 1  # of flags without a limit of their own: of epochs, images, pixels
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -27,31 +29,41 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that takes `--data_path` for `--data-path`, names the nearest flag for an
-    unknown one, and reads defaults from `--config recipe.yaml`."""
+    """An ArgumentParser that takes `--data_path` for `--data-path`, `--flag true` for `--flag`, and
+    other programs' words for its own (utils/foreign.py), names the nearest flag for an unknown one,
+    and reads defaults from `--config recipe.yaml`."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=functools.partial(
             HelpFormatter, width=100, max_help_position=36), **kwargs)
+        self.register("type", Path, _path)  # what `type=Path` means
+        # Words may be paths, too; a shell leaves the ~ of `--flag=~/x` and of a recipe as it is.
+        self.register("type", None, os.path.expanduser)
         self.add_argument("--config", type=Path, metavar="YAML", help="recipe of defaults")
 
     def parse(self, argv: list[str]) -> argparse.Namespace:
         """Every flag's value, in the parser's order: the command line's, else the recipe's, else
-        its default. `args.given` names what the command line set, `args.defaults` all defaults."""
+        its default. `args.given` names what the command line set, `args.chosen` what it or the
+        recipe set, `args.defaults` holds all defaults."""
         defaults = {action.dest: action.default for action in self._actions
                     if action.dest != "help"}
-        given = self._values([_dashed(word) for word in argv], defaults)
+        words, options = foreign.translate(argv, self._option_string_actions)
+        given = self._values(words, defaults)
         recipe: dict[str, Any] = {}
         if "config" in given:
             try:
                 # The command line may hold what the parser requires, and comes first, for a flag
                 # with many values would take its positionals; its own values win below.
-                words = self._recipe_words(given["config"])
-                recipe = self._values([*map(_dashed, argv), *words], defaults)
+                recipe_words, recipe_options = foreign.translate(
+                    self._recipe_words(given["config"]), self._option_string_actions)
+                recipe = self._values([*words, *recipe_words], defaults)
             except UserError as error:
                 raise UserError(f"--config {given['config']}: {error}") from None
+            options = {**recipe_options, **options}
         args = argparse.Namespace(**{**defaults, **recipe, **given})
-        args.given, args.defaults = sorted(given), defaults
+        args.given, args.chosen, args.defaults = sorted(given), sorted({*recipe, *given}), defaults
+        if options:
+            args.student = _with_options(args.student, options)
         return args
 
     def error(self, message: str) -> NoReturn:
@@ -62,34 +74,59 @@ class Parser(argparse.ArgumentParser):
 
     def _values(self, words: list[str], names: dict[str, Any]) -> dict[str, Any]:
         """What these words set, by name; nothing for a flag that is not among them."""
+        for word in words:
+            if len(word) > LONGEST_WORD or "\0" in word:
+                self.error(f"no word may have more than {LONGEST_WORD:,} letters or a null "
+                           f"character; got {short(word)}")
+            if word.startswith("--") and word.endswith("=--"):  # argparse would make [] of it
+                self.error(f"{word.partition('=')[0]} takes a value, got '--'")
         # argparse leaves alone what the namespace already has, so None stays where no word is.
         blank = argparse.Namespace(**dict.fromkeys(names))
         args, unknown = self.parse_known_args(words, blank)
         if unknown:
             flag = unknown[0].partition("=")[0]
-            self.error(f"unknown argument {unknown[0]!r}."
-                       f"{did_you_mean(flag, self._option_string_actions)}")
+            for before, word in zip(words, words[1:]):
+                action = self._option_string_actions.get(before)
+                if word == unknown[0] and isinstance(action, argparse.BooleanOptionalAction):
+                    self.error(f"{before} must be true or false, or without a value; got "
+                               f"{short(word)}")
+            hint = (foreign.explain(flag, words)
+                    or did_you_mean(flag, self._option_string_actions))
+            self.error(f"unknown argument {short(unknown[0])}.{hint}")
         return {name: value for name, value in vars(args).items() if value is not None}
 
     def _recipe_words(self, path: Path) -> list[str]:
         """The recipe as a command line would say it."""
-        try:
-            content = yaml.safe_load(path.read_text()) or {}
-        except OSError as error:
-            raise UserError(f"it cannot be read ({error.strerror}).") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"it is not readable YAML: {error}") from None
-        if not isinstance(content, dict):
-            raise UserError("it must be a mapping of flag names to values.")
-        actions = {action.dest: action for action in self._actions
-                   if action.dest not in ("help", "config")}
-        words = []
-        for key, value in content.items():
-            name = str(key).replace("-", "_")
-            if name not in actions:
-                raise UserError(f"unknown key {key!r}.{did_you_mean(name, actions)}")
-            words += _flag_words(actions[name], key, value)
+        own = self._option_string_actions
+        words, keys = [], {}
+        for key, value in read_yaml(path).items():
+            flag = foreign.renamed(foreign.dashed(f"--{key}"), own)
+            if flag in ("--help", "--config") or flag.startswith("--no-"):
+                flag = ""
+            name = own[flag].dest if flag in own else flag
+            if name in keys:
+                raise UserError(f"{keys[name]} and {key} are the same; keep one.")
+            keys[name] = key
+            if flag in own:
+                words += _flag_words(own[flag], key, value)
+            elif flag in foreign.SWITCHES or flag in foreign.STUDENT_OPTIONS:
+                words.append(f"{flag}={_word(value, key)}")
+            else:
+                names = [action.dest for action in self._actions
+                         if action.dest not in ("help", "config")]
+                hint = foreign.explain(flag, []) or did_you_mean(str(key), names)
+                raise UserError(f"unknown key {short(key)}.{hint}")
         return words
+
+
+def _with_options(student: list[str], options: dict[str, str]) -> list[str]:
+    """`student`, NAME key=value ..., with options that flags of their own gave."""
+    for key, value in options.items():
+        if key in parse_spec(student, "--student")[1]:
+            raise UserError(f"{key} is given twice, as an option of --student and as a flag; keep "
+                            "one.")
+        student = [*student, f"{key}={value}"]
+    return student
 
 
 def _flag_words(action: argparse.Action, key: str, value: Any) -> list[str]:
@@ -102,37 +139,54 @@ def _flag_words(action: argparse.Action, key: str, value: Any) -> list[str]:
                         f"{action.default}.")
     if isinstance(action, argparse.BooleanOptionalAction):
         if not isinstance(value, bool):
-            raise UserError(f"{key} must be true or false, got {value!r}.")
+            raise UserError(f"{key} must be true or false, got {short(value)}.")
         return [flag if value else f"--no-{flag[2:]}"]
-    if isinstance(value, dict):
-        raise UserError(f"{key} takes a value or a list of values, got {value!r}.")
     if isinstance(action, argparse._AppendAction):  # given once for each item of a list
         items = value if isinstance(value, list) else [value]
         return [word for item in items for word in (flag, *_words(item, key))]
     if action.nargs is None:
-        return [f"{flag}={value}"]
+        return [f"{flag}={_word(value, key)}"]
     return [flag, *_words(value, key)]
 
 
 def _words(value: Any, key: str) -> list[str]:
-    words = [str(item) for item in value] if isinstance(value, list) else str(value).split()
+    words = [_word(item, key) for item in value] if isinstance(value, list) else (
+        _word(value, key).split())
     if any(word.startswith("--") for word in words):
-        raise UserError(f"{key} takes values, not flags; got {value!r}.")
+        raise UserError(f"{key} takes values, not flags; got {short(value)}.")
     return words
 
 
-def _dashed(word: str) -> str:
-    if not word.startswith("--"):
-        return word
-    flag, separator, value = word.partition("=")
-    return flag.replace("_", "-") + separator + value
+def _word(value: Any, key: str) -> str:
+    if not isinstance(value, (str, int, float)):
+        raise UserError(f"{key} takes words or numbers, got {short(value)}.")
+    return str(value)
+
+
+def _path(text: str) -> Path:
+    """A path, `~` for the home folder. For add_argument: `type=Path` calls this."""
+    is_long = any(len(os.fsencode(part)) > 255 for part in text.split("/"))
+    if not text.strip() or is_long:
+        raise argparse.ArgumentTypeError(f"must be a path, got {short(text)}")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # of a user who is not known
+        raise argparse.ArgumentTypeError(f"must be a path, got {short(text)}") from None
 
 
 # Types of flags, for add_argument(type=...). A limit that is an int makes a flag of whole numbers.
 
 def at_least(limit: int | float) -> Callable[[str], int | float]:
-    """Finite numbers of `limit` or more."""
-    return _number(limit, lambda value: value >= limit, f"at least {limit:g}")
+    """Finite numbers of `limit` or more; whole ones up to LARGEST_INT."""
+    convert = _number(limit, lambda value: value >= limit, f"at least {limit:g}")
+
+    def bounded(text: str) -> int | float:
+        value = convert(text)
+        if isinstance(limit, int) and value > LARGEST_INT:
+            raise argparse.ArgumentTypeError(f"must be at most {LARGEST_INT}, got {short(text)}")
+        return value
+
+    return bounded
 
 
 def between(low: int | float, high: int | float) -> Callable[[str], int | float]:
@@ -153,11 +207,11 @@ def _number(like: int | float, is_allowed: Callable[[float], bool], words: str
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"must be {noun} {words}, got {text!r}") from None
-        if not math.isfinite(value):
-            raise argparse.ArgumentTypeError(f"must be a finite number, got {text}")
+            raise argparse.ArgumentTypeError(f"must be {noun} {words}, got {short(text)}") from None
+        if kind is float and not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"must be a finite number, got {short(text)}")
         if not is_allowed(value):
-            raise argparse.ArgumentTypeError(f"must be {words}, got {text}")
+            raise argparse.ArgumentTypeError(f"must be {words}, got {short(text)}")
         return value
 
     return convert
@@ -166,31 +220,44 @@ def _number(like: int | float, is_allowed: Callable[[float], bool], words: str
 def program(name: str, build_parser: Callable[[], Parser]
             ) -> Callable[[Callable[[argparse.Namespace], int]], Callable[..., int]]:
     """Decorator that makes of `main(args)` a program `main(argv=None)`: it parses `argv` (None:
-    sys.argv), runs, and returns the exit code. An error that is the user's to mend becomes one
-    sentence on standard error and code 2."""
+    sys.argv), runs, and returns the exit code. An error that is the user's or the machine's becomes
+    one sentence on standard error and code 2. With None it is a process of its own: it ends in one
+    sentence at SIGTERM and Ctrl-C, and where there are many processes it does not return."""
     def decorator(main: Callable[[argparse.Namespace], int]) -> Callable[..., int]:
-        @functools.wraps(main)
-        def run(argv: list[str] | None = None) -> int:
+        def attempt(argv: list[str]) -> int:
+            flags: dict[str, Any] = {}
             try:
-                code = main(build_parser().parse(sys.argv[1:] if argv is None else argv))
-            except UserError as error:
-                message, code = f"error: {error}", 2
-            except torch.OutOfMemoryError as error:
-                message, code = (f"error: the GPU's memory is full ({str(error).splitlines()[0]}). "
-                                 "Lower --batch-size; the effective batch can stay."), 2
+                args = build_parser().parse(argv)
+                flags.update(vars(args))
+                return main(args)
             except KeyboardInterrupt:
                 message, code = "interrupted; what was saved before is kept.", 130
-            except RuntimeError as error:
-                if not distributed.is_lost_peer(error):
+            except Exception as error:
+                message, code = faults.describe(error, flags), 2
+                if message is None:  # a mistake of our own
                     raise
-                message, code = distributed.LOST_PEER, 2
-            else:
-                distributed.shutdown()
-                return code
-            if distributed.should_print(message):
+            message = re.sub(r"\s*[\r\n]+\s*", " ", message)
+            if distributed.should_print(message, is_consequence=message == distributed.LOST_PEER):
                 many = int(os.environ.get("WORLD_SIZE", 1)) > 1
-                who = f"{name} (process {os.environ['RANK']})" if many else name
+                who = f"{name} (process {os.environ.get('RANK', '?')})" if many else name
                 print(f"{who}: {message}", file=sys.stderr, flush=True)
+            return code
+
+        @functools.wraps(main)
+        def run(argv: list[str] | None = None) -> int:
+            if argv is not None:  # called by a program, whose signals and output are its own
+                code = attempt(argv)
+                if code == 0:
+                    distributed.shutdown()
+                return code
+            process.begin(functools.partial(distributed.should_print, is_consequence=True))
+            try:
+                code = attempt(sys.argv[1:])
+            except Exception:
+                traceback.print_exc()
+                code = 1
+            process.finish(code)
+            distributed.end_process(code)
             return code
         return run
     return decorator
@@ -199,4 +266,4 @@ def program(name: str, build_parser: Callable[[], Parser]
 def plain(args: argparse.Namespace) -> dict[str, Any]:
     """The namespace as a dict of plain values, for checkpoints and args.yaml."""
     return {name: str(value) if isinstance(value, Path) else value
-            for name, value in vars(args).items() if name not in ("given", "defaults")}
+            for name, value in vars(args).items() if name not in ("given", "chosen", "defaults")}

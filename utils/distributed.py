@@ -1,20 +1,114 @@
-"""One process or many, started by torchrun; every function also works with one."""
+"""One process or many, started by torchrun or another launcher; every function also works with
+one."""
+import math
 import os
+import re
 import signal
+import socket
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from utils.registry import UserError
+from utils.process import SIGNALS
+from utils.registry import UserError, one_line
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
+TORCHRUN = "torchrun --nproc_per_node=NUMBER PROGRAM ..."
+JOIN = timedelta(minutes=5)  # that processes of a launcher other than torchrun wait for each other
+
+# What launchers call the rank, the number of processes, and both within the machine. The first one
+# that is there counts: mpirun may have been started by srun, and torchrun by either.
+LAUNCHERS = {
+    "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    "mpirun": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK",
+               "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    "MVAPICH": ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK",
+                "MV2_COMM_WORLD_LOCAL_SIZE"),
+    "MPICH": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
+}
+JOB_NAMES = ("SLURM_JOB_ID", "SLURM_STEP_ID", "PMIX_NAMESPACE", "PBS_JOBID", "LSB_JOBID")
+
+
+class Place(NamedTuple):
+    """Where a process stands among those that its launcher started."""
+
+    launcher: str = "none"
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int | None = 0  # on its machine; None: the launcher does not say
+    address: str = "localhost"  # of the first process
+    port: int = 29500  # torch's own
+
+
+def find_place(environ: Mapping[str, str]) -> Place:
+    """What the environment says of this process. Raises UserError where it says that there are
+    others but not enough to join them."""
+    launcher = next((name for name, words in LAUNCHERS.items()
+                     if words[0] in environ or words[1] in environ), None)
+    names = list(LAUNCHERS[launcher or "torchrun"])
+    if launcher == "srun" and names[1] not in environ:
+        # Slurm says this much to the script of a batch job, too, which is one process whatever the
+        # number of tasks. What was told where to meet, or has another rank than 0, is one of many.
+        if "MASTER_ADDR" not in environ:
+            if environ["SLURM_PROCID"] != "0":
+                _first_machine({}, is_alone=False)
+            return Place(local_rank=_number(environ, "LOCAL_RANK", 0))
+        names[1] = "SLURM_NTASKS"
+    world_size = _number(environ, names[1], 1)
+    rank = _number(environ, names[0], None if world_size > 1 else 0)
+    if rank >= world_size:
+        raise UserError(f"{names[0]}={rank} and {names[1]}={environ.get(names[1], 'not set')} in "
+                        f"the environment do not go together. Start the processes with {TORCHRUN}")
+    local_rank = _number(environ, names[2] if names[2] in environ else "LOCAL_RANK",
+                         -1 if world_size > 1 else 0)
+    place = Place(launcher or "none", rank, world_size, None if local_rank < 0 else local_rank)
+    if world_size == 1:
+        return place
+    address = _first_machine(environ, is_alone=environ.get(names[3]) == str(world_size))
+    job = "".join(environ.get(name, "") for name in JOB_NAMES)
+    port = 29500 + zlib.crc32(job.encode()) % 10000 if job else 29500
+    return place._replace(address=address, port=_number(environ, "MASTER_PORT", port))
+
+
+def _number(environ: Mapping[str, str], name: str, default: int | None) -> int:
+    text = environ.get(name, default)
+    try:
+        if int(text) < 0 and name in environ:
+            raise ValueError
+        return int(text)
+    except (TypeError, ValueError):
+        raise UserError(f"{name} must be a whole number in the environment of one of many "
+                        f"processes, got {text!r}. Start them with {TORCHRUN}") from None
+
+
+def _first_machine(environ: Mapping[str, str], is_alone: bool) -> str:
+    """Where the process of rank 0 listens; `is_alone`: all are on this machine."""
+    nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
+    if environ.get("MASTER_ADDR"):
+        return environ["MASTER_ADDR"]
+    if is_alone:
+        return "localhost"
+    if nodes:  # gpu[01-03,07],big1 -> gpu01
+        first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)[0]
+        return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first)
+    raise UserError("the environment says that this is one of many processes, but not where the "
+                    "first of them is. Set MASTER_ADDR to its machine and MASTER_PORT to a free "
+                    f"port of it, the same for all, or start them with {TORCHRUN}")
 
 
 def setup(device: str) -> torch.device:
-    """Join torchrun's processes, if there are any, and return this process's device.
+    """Join the processes that a launcher started with this one, if there are any, and return this
+    process's device.
 
     `device` is one of DEVICES; auto takes CUDA where it is, else the CPU.
     CPU tensors travel through gloo, CUDA tensors through NCCL.
@@ -25,46 +119,97 @@ def setup(device: str) -> torch.device:
         device = "cuda" if available["cuda"] else "cpu"
     if not available[device]:
         raise UserError(f"--device {device}: PyTorch sees no such device here. Use --device cpu.")
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if device == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(f"{local_rank + 1} or more processes on this machine, but "
-                            f"{torch.cuda.device_count()} CUDA device(s). Lower --nproc_per_node.")
-        torch.cuda.set_device(local_rank)
-        torch.backends.cudnn.benchmark = True
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    place = find_place(os.environ)
+    if place.world_size > 1 and not dist.is_initialized():
+        _join(place, "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+    elif place.launcher == "none" and _number(os.environ, "SLURM_NTASKS", 1) > 1:
+        print(f"one process, although Slurm gave the job {os.environ['SLURM_NTASKS']} tasks; srun "
+              "and torchrun start many.", file=sys.stderr)
+    local_rank = place.local_rank if place.local_rank is not None else _rank_here()
+    if place.world_size > 1:  # torchrun's words, which PyTorch and what follows read
+        os.environ.update(RANK=str(place.rank), WORLD_SIZE=str(place.world_size),
+                          LOCAL_RANK=str(local_rank), MASTER_ADDR=place.address,
+                          MASTER_PORT=str(place.port))
+    if device != "cuda":
+        return torch.device(device)
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(f"{local_rank + 1} or more processes on this machine, but "
+                        f"{torch.cuda.device_count()} CUDA device(s). Lower --nproc_per_node.")
+    torch.cuda.set_device(local_rank)
+    torch.backends.cudnn.benchmark = True
+    return torch.device(f"cuda:{local_rank}")
+
+
+def _join(place: Place, backend: str) -> None:
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun knows its processes and ends them together
         dist.init_process_group(backend)
-    return torch.device(f"cuda:{local_rank}" if device == "cuda" else device)
+        return
+    minutes = JOIN.total_seconds() / 60
+    if place.rank == 0:
+        print(f"waiting at {place.address}:{place.port} for the other processes of "
+              f"{place.world_size}, {minutes:g} minutes at most", file=sys.stderr, flush=True)
+    try:
+        store = dist.TCPStore(place.address, place.port, place.world_size, place.rank == 0, JOIN)
+        store.set_timeout(timedelta(minutes=30))  # of what follows, as PyTorch has it
+        dist.init_process_group(backend, store=store, rank=place.rank,
+                                world_size=place.world_size)
+    except (ValueError, RuntimeError) as error:
+        size = LAUNCHERS[place.launcher][1]
+        raise UserError(
+            f"this is process {place.rank} of {place.world_size}, says the environment, but they "
+            f"did not meet at {place.address}:{place.port} within {minutes:g} minutes "
+            f"({one_line(error).partition(' Exception raised from')[0]}). Set MASTER_ADDR and "
+            f"MASTER_PORT to a free port of the first one's machine, or start them with "
+            f"{TORCHRUN.partition(' PROGRAM')[0]}; for one alone set {size}=1.") from None
+
+
+def _rank_here() -> int:
+    """The number of processes of lower rank on this machine."""
+    names = gather_objects(socket.gethostname())
+    return names[:rank()].count(names[rank()])
 
 
 def parallelize(module: nn.Module, device: torch.device) -> nn.Module:
-    """`module` in DistributedDataParallel when there are many processes, on GPUs with synchronised
-    BatchNorms; itself when there is one."""
+    """`module` in DistributedDataParallel when there are many processes, on GPUs after its own
+    `synchronise_batch_norms()`; itself when there is one."""
     if world_size() == 1:
         return module
     device_ids = None
     if device.type == "cuda":
         # On the CPU, for which there is none, each process keeps the statistics of its own batch.
-        nn.SyncBatchNorm.convert_sync_batchnorm(module)  # in place; parameters and names stay
+        module.synchronise_batch_norms()
         device_ids = [device.index]
     return DistributedDataParallel(module, device_ids=device_ids, gradient_as_bucket_view=True)
 
 
-LOST_PEER = "error: another process ended; its own message says why."
+LOST_PEER = ("error: another process of this run ended; it said why or, if not, was killed from "
+             "outside (memory?). What was saved before is kept.")
+# How gloo, torch's store and NCCL say that the other end is gone.
+_GONE = re.compile(r"[Cc]onnection (was )?(closed|reset|refused|aborted)|[Bb]roken pipe|"
+                   r"[Ss]ocket (closed|error|timeout)|got 0 bytes|caused pair closure|"
+                   r"gloo/transport.*(Timed out|[Rr]ead|[Ww]rite|error)|ncclRemoteError|"
+                   r"remote process exit|communicator was aborted|operation timeout")
 
 
-def should_print(message: str) -> bool:
-    """Whether this process is to print an error: none of torchrun's printed the same before, and,
-    for LOST_PEER, none printed any. One mistake is one sentence. torchrun's store answers, which
-    outlives its processes; without it every process prints."""
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed because another process ended, whose own message says why."""
+    return world_size() > 1 and isinstance(error, RuntimeError) and (
+        isinstance(error, (dist.DistNetworkError, dist.DistStoreError))
+        or _GONE.search(str(error)) is not None)
+
+
+def should_print(message: str, is_consequence: bool = False) -> bool:
+    """Whether this process is to print how it ends: none of torchrun's printed the same before,
+    and, where that is the consequence of another's end, none printed any. One mistake is one
+    sentence. torchrun's store answers, which outlives its processes; without it every process
+    prints."""
     if (int(os.environ.get("WORLD_SIZE", 1)) == 1
             or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"):
         return True
     try:
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
                               is_master=False, timeout=timedelta(seconds=10))
-        if message == LOST_PEER and store.add("printed", 0):
+        if is_consequence and store.add("printed", 0):
             return False
         store.add("printed", 1)
         return store.add(f"printed/{message}", 1) == 1
@@ -77,10 +222,21 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
-def is_lost_peer(error: RuntimeError) -> bool:
-    """Whether a collective failed because another process ended, whose own message says why."""
-    return world_size() > 1 and any(text in str(error) for text in (
-        "Connection closed by peer", "Connection reset by peer", "remote process exited"))
+def end_process(code: int) -> None:
+    """End a process that is one of many; one alone returns. On success all wait for each other.
+
+    Without Python's own end: there the threads of gloo and the interpreter wait for each other now
+    and then (PyTorch 2.6 in destroy_process_group), and NCCL for processes that are gone.
+    """
+    if not dist.is_initialized():
+        return
+    with suppress(RuntimeError):  # the others may have failed at their very end
+        if code in (0, 143):
+            barrier()
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
 
 
 def rank() -> int:
@@ -107,9 +263,34 @@ def num_cores() -> int:
     return os.cpu_count() or 1
 
 
+def num_bytes() -> float:
+    """Memory that this process may use at most, of the machine or its container; infinite where the
+    system does not say."""
+    limits = [math.inf]
+    with suppress(AttributeError, OSError, ValueError):  # not on Windows
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # of a container; "max" for none
+        with suppress(OSError, ValueError):
+            limits.append(int(Path("/sys/fs/cgroup", name).read_text()))
+    return min(limits)
+
+
 def barrier() -> None:
     if dist.is_initialized():
         dist.all_reduce(torch.zeros(1))  # on the CPU; NCCL's own barrier would need a device
+
+
+def on_main(act: Callable[[], None]) -> None:
+    """Let the first process call `act`, and all wait for it. Its UserError is raised on all."""
+    error = None
+    if is_main():
+        try:
+            act()
+        except UserError as raised:
+            error = raised
+    error = broadcast_object(error)
+    if error is not None:
+        raise error
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
@@ -161,9 +342,8 @@ class StopRequest:
     """
 
     def __enter__(self) -> "StopRequest":
-        self._is_asked = False
-        self._previous = {number: signal.signal(number, self._note)
-                          for number in (signal.SIGTERM, signal.SIGINT)}
+        self._asked_by: list[int] = []  # signals
+        self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -171,11 +351,26 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: object) -> None:
-        self._is_asked = True
-        signal.signal(signal.SIGINT, self._previous[signal.SIGINT])
+        self._asked_by.append(number)
+        if number == signal.SIGINT and len(self._asked_by) > 1 and callable(self._previous[number]):
+            self._previous[number](number, frame)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Inside, for what may take long after everything was saved, a signal ends the process; so
+        does one that came before."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        try:
+            for number in self._asked_by[:1]:
+                signal.raise_signal(number)
+            yield
+        finally:
+            for number in SIGNALS:
+                signal.signal(number, self._note)
 
     def agreed(self) -> bool:
         """Whether any process was asked to stop. To be called by all, once per update; four bytes
         through gloo, so the GPU is not waited for."""
-        asked = torch.tensor([float(self._is_asked)])
+        asked = torch.tensor([float(bool(self._asked_by))])
         return sum_over_ranks(asked).item() > 0

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.checkpoint import write_text_atomically
-from utils.distributed import gather_objects, is_main, rank, sum_over_ranks, world_size
+from utils.distributed import gather_objects, is_main, on_main, rank, sum_over_ranks, world_size
+from utils.files import write_text_atomically
+from utils.records import read_records
 from utils.registry import UserError
 
 
@@ -68,6 +69,8 @@ class Meter:
 
     def add(self, values: dict[str, Tensor], step: int) -> None:
         """Count a value each. One that is not finite is left out, and its step is remembered."""
+        if not values:
+            return
         new = torch.stack([value.detach() for value in values.values()]).to(sum_dtype(values))
         is_finite = new.isfinite()
         failed_at = torch.where(is_finite, math.inf, float(step))
@@ -124,10 +127,13 @@ def sum_dtype(values: dict[str, Tensor]) -> torch.dtype:
 
 class RunLog:
     """What a run of `epochs` leaves of each: a printed line, a JSON object in log.txt and, if asked
-    for, TensorBoard events beside it."""
+    for, TensorBoard events beside it. To be made by all processes; raises UserError on all where
+    there is a log.txt that cannot be continued."""
 
     def __init__(self, folder: Path, epochs: int, tensorboard: bool) -> None:
         self.path, self.epochs = folder / "log.txt", epochs
+        self.lines: dict[int, str] = {}  # of log.txt, by epoch; of the first process
+        on_main(self._read)
         self.start, self.num_written = time.perf_counter(), 0
         self.writer = None
         if tensorboard and is_main():
@@ -142,14 +148,29 @@ class RunLog:
         print_once(self._line(record, best))
         record = {key: None if isinstance(value, float) and not math.isfinite(value) else value
                   for key, value in record.items()}
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        kept = [line for line in lines if json.loads(line)["epoch"] < record["epoch"]]
-        write_text_atomically("\n".join([*kept, json.dumps(record)]) + "\n", self.path)
+        epoch = record["epoch"]
+        kept = {number: line for number, line in self.lines.items() if number < epoch}
+        if self.num_written == 1 and len(kept) < epoch:
+            print_once(f"note: {self.path} lacks {epoch - len(kept)} of the {epoch} epochs before "
+                       "this one")
+        self.lines = dict(sorted(kept.items())) | {epoch: json.dumps(record)}
+        write_text_atomically("\n".join(self.lines.values()) + "\n", self.path)
         if self.writer is not None:
             for key, value in record.items():
                 if isinstance(value, (int, float)):
                     self.writer.add_scalar(key, value, record["epoch"])
             self.writer.flush()
+
+    def _read(self) -> None:
+        try:
+            if self.path.exists():
+                records = read_records(self.path)
+                self.lines = {record["epoch"]: json.dumps(record) for record in records}
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be read ({error.strerror}).") from None
+        except UserError as error:
+            raise UserError(f"{error}, and the run would go on writing it. Mend it or move it "
+                            "away.") from None
 
     def _line(self, record: dict[str, Any], best: dict[str, float]) -> str:
         """The epoch for a person; the time left is reckoned at the pace since this start."""

@@ -1,12 +1,30 @@
 """What an update is made of: its batch, parameter groups, the optimizer, schedules, the average."""
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from utils.registry import UserError
+from utils.content import entry
+from utils.registry import UserError, short
+
+LEAST_UPDATES = 10  # per epoch, where nobody chose the size of a batch
+
+
+def fit_batch(train_size: int, batch_size: int, world_size: int, effective: int, *,
+              is_fixed: bool) -> tuple[int, int]:
+    """Images per process, and per update over all: these defaults, or what a data set so small that
+    they leave it fewer than LEAST_UPDATES updates per epoch allows. `is_fixed`: the first is no
+    default."""
+    if train_size >= LEAST_UPDATES * effective:
+        return batch_size, effective
+    while not is_fixed and batch_size > 2 and batch_size * world_size > train_size:
+        batch_size //= 2
+    per_micro_step = batch_size * world_size
+    num_micro_steps = max(train_size // LEAST_UPDATES // per_micro_step, 1)
+    return batch_size, min(effective, per_micro_step * num_micro_steps)
 
 
 def resolve_batch(batch_size: int, world_size: int, accum_steps: int | None, effective: int | None,
@@ -31,6 +49,40 @@ def resolve_batch(batch_size: int, world_size: int, accum_steps: int | None, eff
                         f"{per_micro_step}. Change --batch-size or --effective-batch, or set "
                         "--accum-steps.")
     return accum_steps, wanted
+
+
+def updates_per_epoch(train_size: int, effective: int) -> int:
+    """Raises UserError where there are none."""
+    if train_size < effective:
+        raise UserError(f"the training set has {train_size} images, fewer than one effective "
+                        f"batch of {effective}. Lower --effective-batch (and --batch-size).")
+    return train_size // effective
+
+
+def warmup_updates(warmup_epochs: float, steps_per_epoch: int, epochs: int, *,
+                   is_fixed: bool) -> int:
+    """Updates of a warm-up of so many epochs. Where they are a default (not `is_fixed`) and as long
+    as the run, a tenth of the run."""
+    number, total = int(warmup_epochs * steps_per_epoch), epochs * steps_per_epoch
+    return number if is_fixed or number < total else total // 10
+
+
+def describe_shrunk(values: Mapping[str, Any], defaults: Mapping[str, Any],
+                    chosen: Sequence[str]) -> list[str]:
+    """A sentence for each default that shrank to the data: of flags by name their `values` in this
+    run, their defaults, and which the user chose."""
+    sentences = []
+    default, effective = defaults["effective_batch"], values["effective_batch"]
+    if effective < default and not {"effective_batch", "accum_steps"} & {*chosen}:
+        lr = "" if "lr" in chosen else f"; --lr {values['lr']:g} was chosen for {default}"
+        sentences.append(f"effective batch {effective} instead of the default {default}, to leave "
+                         f"{values['train_size']:,} images {LEAST_UPDATES} updates per epoch or as "
+                         f"many as --batch-size allows{lr}")
+    wanted = int(values["warmup_epochs"] * values["steps_per_epoch"])
+    if values["warmup_steps"] < wanted and not {"warmup_steps", "warmup_epochs"} & {*chosen}:
+        sentences.append(f"warm-up of a tenth of the run instead of the default "
+                         f"{values['warmup_epochs']:g} epochs, which are as long as the run")
+    return sentences
 
 
 def parameter_groups(model: nn.Module, weight_decay: float,
@@ -61,19 +113,116 @@ def parameter_groups(model: nn.Module, weight_decay: float,
     return list(groups.values())
 
 
-def build_adamw(groups: list[dict], *, lr: float, betas: tuple[float, float],
-                eps: float) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups`, by PyTorch's fused kernel: one pass over each parameter."""
+class Lamb(torch.optim.Optimizer):
+    """LAMB (You et al. 2020, arXiv 1904.00962, algorithm 2): Adam's step for every tensor, decay
+    included, scaled to the length of the tensor,
+
+        u = m / (sqrt(v) + eps) + weight_decay * w,    w <- w - lr * |w| / |u| * u,
+
+    m and v with Adam's bias correction. As in timm's, which published recipes were trained with, a
+    tensor that does not decay is not scaled either, nor one whose |w| or |u| is 0. That one also
+    limits the norm of the gradient to 1, which here is --clip-grad 1.
+    """
+
+    def __init__(self, groups: list[dict], lr: float, betas: tuple[float, float],
+                 eps: float) -> None:
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0,
+                                  "decays": True})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            weights = [weight for weight in group["params"] if weight.grad is not None]
+            if not weights:
+                continue
+            grads, states = [weight.grad for weight in weights], [self.state[w] for w in weights]
+            for weight, state in zip(weights, states):
+                if not state:
+                    state |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(weight),
+                              "exp_avg_sq": torch.zeros_like(weight)}
+                state["step"] += 1
+            means, squares = [[state[name] for state in states]
+                              for name in ("exp_avg", "exp_avg_sq")]
+            beta1, beta2 = group["betas"]
+            torch._foreach_lerp_(means, grads, 1 - beta1)
+            torch._foreach_mul_(squares, beta2)
+            torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
+            steps = [state["step"].item() for state in states]  # on the CPU
+            updates = torch._foreach_div(means, [1 - beta1 ** step for step in steps])
+            roots = torch._foreach_div(torch._foreach_sqrt(squares),
+                                       [math.sqrt(1 - beta2 ** step) for step in steps])
+            torch._foreach_add_(roots, group["eps"])
+            torch._foreach_div_(updates, roots)
+            if group["decays"]:
+                torch._foreach_add_(updates, torch._foreach_mul(weights, group["weight_decay"]))
+                for update, length, own in zip(updates, torch._foreach_norm(weights),
+                                               torch._foreach_norm(updates)):
+                    has_both = (length > 0) & (own > 0)
+                    update.mul_(torch.where(has_both, length / own, 1.0))
+            torch._foreach_add_(weights, updates, alpha=-group["lr"])
+
+
+OPTIMIZERS = ("adamw", "sgd", "lamb")
+
+
+def build_optimizer(name: str, groups: list[dict], *, lr: float,
+                    betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+                    momentum: float = 0.9, nesterov: bool = True) -> torch.optim.Optimizer:
+    """One of OPTIMIZERS over `parameter_groups`; PyTorch's own by its fused kernel, one pass over
+    each parameter. `betas` and `eps` are AdamW's and LAMB's, `momentum` and `nesterov` SGD's, whose
+    decay is a part of the gradient (L2) as everywhere."""
     fields = [{key: value for key, value in group.items() if key != "names"} for group in groups]
-    return torch.optim.AdamW(fields, lr=lr, betas=betas, eps=eps, fused=True)
+    if name == "adamw":
+        return torch.optim.AdamW(fields, lr=lr, betas=betas, eps=eps, fused=True)
+    if name == "lamb":
+        return Lamb(fields, lr, betas, eps)
+    return torch.optim.SGD(fields, lr=lr, momentum=momentum, nesterov=nesterov and momentum > 0,
+                           fused=True)
+
+
+SCHEDULED = ("lr", "weight_decay")  # of a group; set anew at every update
+CONSTANT = ("params", "decays", "lr_scale", "betas", "eps", "momentum", "nesterov")  # if it has it
+
+
+def optimizer_form(optimizer: torch.optim.Optimizer, saved: Any, is_whole: bool) -> dict:
+    """What a state saved of `optimizer` looks like, for `check_form`: the moments of each parameter
+    that `saved` has, or, unless `is_whole` is known, of every one. (One that never had a gradient
+    has none.)
+
+    Raises ValueError unless `saved` has the same groups: the same parameters in each, and the same
+    constants. What other versions of PyTorch add to a group or lack does not count."""
+    own = optimizer.state_dict()["param_groups"]
+    groups, states = entry(saved, "param_groups"), entry(saved, "state")
+    if not isinstance(groups, list) or len(groups) != len(own):
+        raise ValueError(f"optimizer.param_groups is not a list of {len(own)} groups")
+    for i, (group, wanted) in enumerate(zip(groups, own)):
+        for name in (*SCHEDULED, *(name for name in CONSTANT if name in wanted)):
+            value = group.get(name) if isinstance(group, dict) else None
+            is_rate = isinstance(value, float) and 0 <= value < math.inf
+            is_equal = type(value) is type(wanted[name]) and value == wanted[name]
+            if not (is_rate if name in SCHEDULED else is_equal):
+                raise ValueError(f"optimizer.param_groups[{i}].{name} is {short(value)}, expected "
+                                 f"{'a rate' if name in SCHEDULED else short(wanted[name])}")
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    indices = [i for i in range(len(parameters))
+               if not is_whole or not isinstance(states, dict) or i in states]
+    return {"param_groups": list,
+            "state": {i: _moments(own[0], parameters[i]) for i in indices}}
+
+
+def _moments(group: dict[str, Any], parameter: Tensor) -> dict[str, Tensor]:
+    """What an optimizer with such a group keeps of a parameter."""
+    if "betas" in group:
+        return {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
+    return {"momentum_buffer": parameter} if group["momentum"] else {}
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Load a saved state into AdamW of `build_adamw`. Each moment gets the layout in memory of its
-    parameter, which may have changed since: the fused kernel reads both as they lie."""
-    optimizer.load_state_dict(state)
-    for group in optimizer.param_groups:
-        group["fused"] = True
+    """Load a saved state into an optimizer of `build_optimizer`. Each moment gets the layout in
+    memory of its parameter, which may have changed since: a fused kernel reads both as they lie."""
+    groups = [{**own, **{name: group[name] for name in SCHEDULED}} for own, group in
+              zip(optimizer.state_dict()["param_groups"], state["param_groups"])]
+    optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
     for parameter, values in optimizer.state.items():
         for name, value in values.items():
             if isinstance(value, torch.Tensor) and value.shape == parameter.shape:

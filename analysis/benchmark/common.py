@@ -20,9 +20,9 @@ from data.batch import Batch, ImageBatch
 from losses import create_losses
 from models.distiller import Distiller
 from utils import optim
-from utils.checkpoint import write_text_atomically
 from utils.config import Parser, at_least
 from utils.distributed import setup
+from utils.files import write_text_atomically
 from utils.log import markdown_table, peak_memory_gib, progress
 from utils.registry import UserError
 
@@ -266,8 +266,7 @@ def random_state(student: models.VisionModel, teacher: nn.Module | None,
     teacher_info = None if teacher is None else teacher.feature_info
     distiller = Distiller(student, *create_losses(loss_specs, student.feature_info, teacher_info))
     distiller.to(options.device, memory_format=options.memory_format).train()
-    optimizer = optim.build_adamw(optim.parameter_groups(distiller, 0.05), lr=1e-4,
-                                  betas=(0.9, 0.999), eps=1e-8)
+    optimizer = optim.build_optimizer("adamw", optim.parameter_groups(distiller, 0.05), lr=1e-4)
     return engine.build_state(distiller, optimizer, device=options.device,
                               amp_dtype=options.amp_dtype,
                               ema=optim.ModelEma(student) if keeps_average else None)

@@ -17,7 +17,7 @@ from torchvision.datasets import ImageFolder
 import data
 from analysis.benchmark import common
 from data.batch import RATIO, SCALE, BatchTransform, Sample, collate
-from data.loader import FREED_BLOCKS, UNREADABLE, Samples, keep_freed_memory
+from data.loader import FREED_BLOCKS, Samples, keep_freed_memory
 from data.randaugment import parse_policy
 from utils.config import Parser, program
 from utils.log import progress
@@ -117,8 +117,8 @@ def check_readable(source: data.ImageSource) -> None:
     """Ours would skip a broken image and torchvision's pipeline would not."""
     for index in range(len(source)):
         try:
-            source.load(index)[0].load()
-        except UNREADABLE as error:
+            data.to_rgb(source.load(index)[0])
+        except OSError as error:
             raise UserError(f"cannot read the image {source.name_of(index)} ({error}). Repair or "
                             "remove it.") from None
 

@@ -13,9 +13,9 @@ import data
 import engine
 import models
 from analysis.benchmark import common
+from models.base import model_from_spec
 from models.sparsity import GROWTHS, SparseMask
 from utils.config import Parser, at_least, below_one, program
-from utils.registry import parse_spec
 
 KINDS = ("no masks", "masks", "masks that change")
 COLUMNS = [("update", "update", ""), ("forward, backward (s)", "gradients", ".3f"),
@@ -76,8 +76,7 @@ def build_parser() -> Parser:
 @program("analysis.benchmark masking", build_parser)
 def main(args: argparse.Namespace) -> int:
     device = common.start(args.device, args.threads)
-    name, model_options = parse_spec(args.model, "--model")
-    model = models.create_model(name, **model_options)
+    model = model_from_spec(args.model, "--model")
     model.count_macs(args.input_size)  # says in words when it does not run at this size
     seconds, bytes_per_weight = time_masking(
         model, common.step_options(device, args.amp), batch_size=args.batch_size,

@@ -23,6 +23,7 @@ from torch import Tensor
 import engine
 import models
 from analysis.benchmark import common
+from models.base import model_from_spec
 from models.large_kernel import dense
 from models.large_kernel.operator import (
     BACKENDS,
@@ -34,7 +35,7 @@ from models.large_kernel.operator import (
     fastest,
 )
 from utils.config import Parser, at_least, program
-from utils.registry import UserError, parse_spec
+from utils.registry import UserError
 
 PUBLISHED = "published"
 PASSES = ("forward", "backward")  # with a gradient per branch, the latter holds a forward pass
@@ -229,9 +230,8 @@ def wanted_shapes(spec: list[str], input_size: int, *, only_sum: bool, map_size:
                             f"{short}.")
         kernels = ((long, short), (short, long), (short, short))
         return {Shape(*map_size, kernels[:2] if only_sum else kernels): 1}
-    name, options = parse_spec(spec, "--model")
     with torch.device("meta"):
-        model = models.create_model(name, **options)
+        model = model_from_spec(spec, "--model")
         return shapes_of(model.fold() if only_sum else model, input_size)
 
 

@@ -25,12 +25,12 @@ import models
 from analysis.benchmark import common
 from analysis.benchmark.published import arranged, through_teacher
 from data.batch import Batch
-from models import ModelOutput
+from models.base import ModelOutput, model_from_spec
 from models.distiller import FrozenTeacher, frozen_dtype
 from models.large_kernel import operator
 from utils.config import Parser, at_least, program
 from utils.log import Meter
-from utils.registry import UserError, parse_spec
+from utils.registry import UserError
 
 PHASES = ("data", "teacher forward", "student forward", "backward", "optimizer")
 METRICS, METRICS_AT_A_TIME = "teacher metrics", 20  # too short to be timed alone
@@ -214,17 +214,15 @@ def build_networks(teacher_spec: list[str], student_spec: list[str], input_size:
     """Student, teacher if there is one, and the MACs that one image needs: one pass
     through the teacher and three through the student."""
     torch.manual_seed(0)
-    name, options = parse_spec(student_spec, "--student")
-    student = models.create_model(name, **options)
+    student = model_from_spec(student_spec, "--student")
     macs = 3 * student.count_macs(input_size)
     if teacher_spec == ["none"]:
         return student, None, macs
-    name, options = parse_spec(teacher_spec, "--teacher")
-    teacher = models.create_model(name, **options)
+    teacher = model_from_spec(teacher_spec, "--teacher")
     size = common.size_of(teacher, input_size)
     if size != input_size:
-        raise UserError(f"--teacher {name} sees images at {size} px. Set --input-size {size}, so "
-                        "that both arrangements do the same.")
+        raise UserError(f"--teacher {teacher_spec[0]} sees images at {size} px. Set --input-size "
+                        f"{size}, so that both arrangements do the same.")
     return student, teacher, macs + teacher.count_macs(input_size)
 
 

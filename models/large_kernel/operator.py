@@ -90,7 +90,7 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype,
     """The backend for a map of `dtype` and so many pixels (None: many) on `device`: the one asked
     for, or for "auto", and for "dense" on a large map, the one expected to be fastest. Raises
     UserError for one that cannot run there."""
-    if device.type == "meta":
+    if device.type == "meta" or is_recorded():
         return "torch"
     is_small = pixels is not None and pixels <= dense.LARGEST_MAP
     if backend == "auto" or (backend == "dense" and not is_small):
@@ -103,6 +103,13 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype,
     if reason:
         raise UserError(f"--large-kernel {backend} cannot run on {device}: {reason} Use auto.")
     return backend
+
+
+def is_recorded() -> bool:
+    """Whether torch.export or the tracer, not the user, calls: what is recorded for other programs
+    must hold ordinary convolutions, none of ours. (torch.compile has both.)"""
+    is_exported = torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+    return is_exported or torch.jit.is_tracing()
 
 
 def fastest(device: torch.device, dtype: torch.dtype, edge: int, is_small: bool) -> str:
