@@ -15,7 +15,7 @@ from utils.content import Named, entry
 from utils.distributed import rank, sum_over_ranks, world_size
 from utils.log import Meter, peak_memory_gib, print_once, progress
 from utils.optim import ModelEma, optimizer_form, restore_optimizer, set_hyperparameters
-from utils.registry import NonFiniteLoss
+from utils.registry import NonFiniteLoss, UserError
 from utils.rng import fold_seed
 
 SMALLEST_SCALE = 2.0 ** -14  # of the loss; it starts at 2 ** 16 and halves at every overflow
@@ -166,13 +166,15 @@ class StepOptions(NamedTuple):
 def train_one_epoch(state: TrainState, loader: Any, teacher: nn.Module | None, mix: Callable,
                     schedule: Callable[[int], dict[str, float]], *, options: StepOptions,
                     steps_per_epoch: int, print_every: int,
-                    after_update: Callable[[TrainState], bool]) -> dict[str, float] | None:
+                    after_update: Callable[[TrainState], bool],
+                    on_print: Callable[[dict[str, float], int], None]) -> dict[str, float] | None:
     """Train epoch `state.epoch` from wherever `state.step` stands in it, to its end.
 
     `mix(images, labels, seed)` -> (images, targets). `schedule(step)` -> lr and weight_decay.
-    `after_update(state)` returns True to stop early; the epoch then returns None, else the epoch's
-    means: raw loss terms, `loss` (their weighted sum), `grad_norm`, `images_per_second`, and with a
-    teacher those of `teacher_metrics`.
+    `on_print(values, step)` is given, every `print_every` updates, what is shown: the means since
+    the epoch's start and the rates. `after_update(state)` returns True to stop early; the epoch
+    then returns None, else the epoch's means: raw loss terms, `loss` (their weighted sum),
+    `grad_norm`, `images_per_second`, and with a teacher those of `teacher_metrics`.
     Raises NonFiniteLoss at the next print interval after a term became NaN or infinite.
     """
     state.wrapped.train()
@@ -194,6 +196,7 @@ def train_one_epoch(state: TrainState, loader: Any, teacher: nn.Module | None, m
                                 for name, value in state.metrics().items())
                 bar.set_postfix_str(
                     f"loss {means['loss']:.3f}, lr {hyperparameters['lr']:.1e}{shown}")
+                on_print({**means, **hyperparameters, **state.metrics()}, state.step)
             if after_update(state):
                 return None
     means = checked_means(state)
@@ -354,12 +357,20 @@ def evaluate_teacher(teacher: nn.Module | None, loader: Any, options: StepOption
         print_once("teacher: not evaluated, for it has no classifier; its feature maps alone teach")
         return None, None
     result = evaluate(teacher, loader, options=options, description="teacher")
+    refuse_nan(result, "the teacher's")
     print_once(f"teacher: top-1 {result.acc1:.2f} %, top-5 {result.acc5:.2f} % on the "
                f"{result.num_samples:,} validation images, at the student's input size")
     warn_of_guessing(result.acc1, teacher.num_classes, result.num_samples)
     predictions = torch.full((loader.num_samples,), -1)
     predictions[result.samples["index"]] = result.samples["top5"][:, 0]
     return result.acc1, predictions
+
+
+def refuse_nan(result: Evaluation, whose: str) -> None:
+    """Raises UserError where logits were NaN or infinite, of which some class is always the top."""
+    if math.isnan(result.loss):
+        raise UserError(f"{whose} logits are NaN, so its accuracy means nothing. Its weights are "
+                        "broken, or too large for this --amp.")
 
 
 def warn_of_guessing(acc1: float, num_classes: int, num_samples: int) -> None:

@@ -10,7 +10,6 @@ from utils import process
 if __name__ == "__main__":
     process.begin()  # first, for PyTorch takes seconds to import
 import argparse
-import math
 import sys
 import time
 from contextlib import closing
@@ -125,9 +124,7 @@ def main(args: argparse.Namespace) -> int:
     with closing(loader):
         result = engine.evaluate(network, loader, options=step_options)
     seconds = time.perf_counter() - start
-    if math.isnan(result.loss):
-        raise UserError("the network gave logits that are NaN, so its accuracy means nothing. Its "
-                        "weights are broken, or too large for --amp " + args.amp + ".")
+    engine.refuse_nan(result, "the network's")
 
     # The report.
     rows = {"images": f"{result.num_samples:,}", "top-1": f"{result.acc1:.2f} %",

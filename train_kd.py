@@ -32,9 +32,10 @@ from models.weights import load_student, load_teacher
 from utils import checkpoint, distributed, faults, optim
 from utils.config import Parser, at_least, below_one, between, plain, program
 from utils.content import checksum
-from utils.log import RunLog, print_once, summary_writer_class
+from utils.log import RunLog, print_once
 from utils.registry import UserError, parse_spec
 from utils.rng import fold_seed
+from utils.sinks import SINKS, check_sinks, open_sinks, sink_names
 
 COMPILE_FROM = 300  # updates of a run, from which on the teacher is compiled on a GPU
 switch = argparse.BooleanOptionalAction  # --flag and --no-flag
@@ -133,7 +134,8 @@ def add_running_flags(parser: Parser) -> None:
     flag("--save-every-steps", type=at_least(0), default=0, help="updates between saves, 0 = off")
     flag("--print-every", type=at_least(1), default=50, help="updates between looks at the loss")
     flag("--dry-run", action=switch, default=False, help="build and print everything, then stop")
-    flag("--tensorboard", action=switch, default=False, help="write events beside log.txt")
+    flag("--log-to", nargs="+", choices=SINKS, help="where figures go beside log.txt")
+    flag("--tensorboard", action=switch, default=False, help="short for --log-to tensorboard")
     flag("--device", choices=distributed.DEVICES, default="auto", help="where to train")
     flag("--amp", choices=["auto", *engine.AMP_DTYPES], default="auto", help="auto: bf16 on a GPU")
     flag("--channels-last", action=switch, default=True, help="memory layout of feature maps")
@@ -159,7 +161,7 @@ def main(args: argparse.Namespace) -> int:
         weight_decay=args.weight_decay, weight_decay_end=args.weight_decay_end)
 
     # What the student starts from:
-    # 1. --resume FILE;
+    # 1. --resume FILE, or what the same command has saved since;
     # 2. without it, the run folder's own checkpoint-last.pth, unless --no-auto-resume;
     # 3. without either, --student-weights;
     # 4. without that, random weights.
@@ -216,7 +218,8 @@ def main(args: argparse.Namespace) -> int:
     if args.dry_run or state.epoch >= args.epochs:
         return 0
     checkpoint.start_run(lock, settings)
-    log = RunLog(folder, args.epochs, args.tensorboard)
+    places = open_sinks(sink_names(args.log_to, args.tensorboard), folder, settings, state.step)
+    log = RunLog(folder, args.epochs, places)
 
     def save(names: list[str]) -> None:
         checkpoint.save({**state.state_dict(), "args": settings, "git": args.git}, folder, names,
@@ -230,7 +233,7 @@ def main(args: argparse.Namespace) -> int:
         return is_stopping
 
     # The epochs: train, evaluate, log, save.
-    with distributed.StopRequest() as stop, closing(lock), closing(train_loader), \
+    with distributed.StopRequest() as stop, closing(lock), closing(log), closing(train_loader), \
             closing(val_loader):
         with stop.at_once():
             teacher_acc1, reference = engine.evaluate_teacher(teacher, val_loader, options)
@@ -238,7 +241,7 @@ def main(args: argparse.Namespace) -> int:
             means = engine.train_one_epoch(
                 state, train_loader, teacher, mix, schedule, options=options,
                 steps_per_epoch=args.steps_per_epoch, print_every=args.print_every,
-                after_update=after_update)
+                after_update=after_update, on_print=log.point)
             if means is None:  # asked to stop within the epoch
                 break
             for network in state.networks().values():
@@ -253,7 +256,7 @@ def main(args: argparse.Namespace) -> int:
                 state, means, results, best,
                 skipping=(train_loader, val_loader) if args.skip_bad_images else ())
             log.write({**record, "train_lr": schedule(state.step - 1)["lr"],
-                       "teacher_acc1": teacher_acc1}, state.best)
+                       "teacher_acc1": teacher_acc1}, state.best, state.step)
             save(checkpoint.checkpoint_names(state.epoch - 1, state.epoch == args.epochs,
                                              args.save_freq, best))
     if state.epoch < args.epochs:
@@ -273,8 +276,7 @@ def check_flags(args: argparse.Namespace) -> None:
                                   (DATASETS, "--data-set", [args.data_set])):
         for spec in specs:
             registry.builder(parse_spec(spec, flag)[0])
-    if args.tensorboard:
-        summary_writer_class()  # better missed now than after an epoch
+    check_sinks(sink_names(args.log_to, args.tensorboard))  # better missed now than after an epoch
     no_sparsity = "sparsity" not in args.given and not args.sparsity
     for is_off, names, reason in (
             (no_sparsity, ("sparse_init", "sparse_layers", "prune_rate", "prune_every", "growth"),

@@ -157,7 +157,8 @@ def validation_images(data_set: list[str] | None, data_path: str | None,
     """The validation images of the named data set, by default that of the first run. A folder of
     class folders will do where an image folder's val/ is expected."""
     if data_set is None:
-        trained_on = [network.settings["data_set"] for network in networks if network.settings]
+        trained_on = [network.settings["data_set"] for network in networks
+                      if "data_set" in network.settings]
         data_set = trained_on[0] if trained_on else ["imagefolder"]
     name, options = parse_spec(data_set, "--data-set")
     split = "val"

@@ -168,8 +168,9 @@ def main(args: argparse.Namespace) -> int:
         raise UserError("give --checkpoint FILE; or --model NAME, alone, with --weights SOURCE or "
                         "with --sparsity S (and --sparse-init); or none of them.")
     if args.checkpoint:
-        model, settings, _ = load_trained(args.checkpoint, args.weights_key)
-        size, nonzero = settings["input_size"], count_nonzero(model)
+        trained = load_trained(args.checkpoint, args.weights_key)
+        model, size = trained.model, trained.preprocessing()["input_size"]
+        nonzero = count_nonzero(model)
     elif args.weights:
         model = load_named(args.model, args.weights, args.weights_key, args.num_classes)
         size, nonzero = model.input_size, count_nonzero(model)

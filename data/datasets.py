@@ -13,6 +13,7 @@ from torch import Tensor
 
 from data.images import to_rgb
 from utils.classes import shortened
+from utils.content import is_list_of_words
 from utils.log import print_once
 from utils.registry import Registry, UserError, parse_spec
 
@@ -129,7 +130,7 @@ def keep_labels(saved: tuple[Path, dict[str, Any]] | None, *sources: ImageSource
     name. Raises UserError where its classes are others."""
     path, content = saved or (None, {})
     classes = content.get("classes")
-    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+    if not is_list_of_words(classes):
         return  # a new run, or not known; that it is damaged will be seen
     for source in sources:
         if set(source.classes) != set(classes):

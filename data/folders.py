@@ -150,7 +150,7 @@ def images_below(folder: str) -> tuple[list[str], Counter[str]]:
     order: folder by folder, each in order of name. And the endings of what else there is."""
     found: list[tuple[str, list[str]]] = []
     left_out: Counter[str] = Counter()
-    pending = [("", frozenset())]
+    pending = [("", folders_above(folder))]
     while pending:
         inner, above = pending.pop()
         here = os.path.join(folder, inner) if inner else folder
@@ -170,6 +170,13 @@ def images_below(folder: str) -> tuple[list[str], Counter[str]]:
         found.append((inner, sorted(names)))
     return [os.path.join(inner, name) if inner else name
             for inner, names in sorted(found) for name in names], left_out
+
+
+def folders_above(folder: str) -> frozenset[tuple[int, int]]:
+    """What a link in a class folder may not lead back to: the folder of all classes, say."""
+    found = [os.stat(parent) for path in (os.path.abspath(folder), os.path.realpath(folder))
+             for parent in Path(path).parents]
+    return frozenset((status.st_dev, status.st_ino) for status in found)
 
 
 def leads_to(link: os.DirEntry, folders: frozenset[tuple[int, int]]) -> bool:

@@ -36,13 +36,14 @@ class Samples(Dataset):
 
     def __getitem__(self, key: Key) -> Sample:
         epoch, index = key
-        first, num_faults = index % len(self.source), 0
+        first, num_faults, reason = index % len(self.source), 0, ""
         for offset in range(len(self.source)):
             with seeded(self.seed, "augment", epoch, index):
                 try:
                     image, label = self.source.load((first + offset) % len(self.source))
                     image = self.transform.read(image)
                 except OSError as error:
+                    reason = reason or str(error)
                     num_faults += isinstance(error, StorageFault)
                     if num_faults == MOST_FAULTS:
                         raise UserError(
@@ -52,8 +53,8 @@ class Samples(Dataset):
                     continue
                 pixels, erasure = self.transform.finish(image)
                 return Sample(pixels, erasure, label, index, readable=offset == 0)
-        raise UserError(f"none of the {len(self.source)} images could be read, the first of them "
-                        f"{self.source.name_of(0)}.")
+        raise UserError(f"none of the {len(self.source)} images could be read; the first one tried "
+                        f"was {self.source.name_of(first)} ({reason}).")
 
 
 class TrainKeys:
@@ -108,8 +109,7 @@ class Loader:
 
     An unreadable image ends the run with its name unless `skip_bad_images`; then it is reported
     once, and the batch says where another stands in for it. What can be read at a second try is in
-    its place again. More workers than processor cores are
-    not started.
+    its place again. More workers than processor cores are not started.
     """
 
     def __init__(self, samples: Samples, keys: TrainKeys | EvalKeys, *, num_workers: int,

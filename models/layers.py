@@ -159,7 +159,8 @@ def check_stages(depths: Sequence[int], dims: Sequence[int], smallest_depth: int
             or min(depths) < smallest_depth or max(depths) > MOST_BLOCKS):
         raise UserError(f"depths and dims need one whole number per stage, depths of at least "
                         f"{smallest_depth} and at most {MOST_BLOCKS}, and widths of at least 1, "
-                        f"for one to four stages; got depths {tuple(depths)} and widths {tuple(dims)}.")
+                        f"for one to four stages; got depths {tuple(depths)} and widths "
+                        f"{tuple(dims)}.")
 
 
 def check_drop_path(rate: float) -> None:

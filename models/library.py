@@ -1,18 +1,14 @@
-"""Any network of timm or torchvision by its name there, and any network of the user's own:
-`timm model=NAME`, `torchvision model=NAME`, `my_module:build`; see docs/models.md.
+"""Any network of timm or torchvision by its name there, `timm model=NAME` and `torchvision
+model=NAME`; see docs/models.md.
 
 timm is optional. Names in state dicts are the library's: what is trained here loads there.
 """
 import copy
 import difflib
-import functools
-import importlib
 import math
-import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +16,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from models.base import MODELS, FeatureInfo, ModelOutput, VisionModel
+from models.base import FeatureInfo, ModelOutput, VisionModel
 from utils.classes import imagenet_wnids
 from utils.registry import UserError, one_line
 
@@ -66,17 +62,42 @@ class LibraryNetwork(VisionModel):
                                   for stride, place in places.items())
         return list(places.values())
 
+    def _trial(self, input_size: int) -> tuple["LibraryNetwork", ModelOutput]:
+        """A copy of this network, on shapes alone where it needs no values, and what it makes of
+        one image."""
+        shape, clone = (1, 3, input_size, input_size), copy.deepcopy(self).eval()
+        try:
+            return clone, clone.to("meta").forward_with_features(torch.empty(shape, device="meta"))
+        except (RuntimeError, NotImplementedError):
+            clone = copy.deepcopy(self).eval()
+            return clone, clone.forward_with_features(torch.zeros(shape))
+
     @torch.no_grad()
     def _probe(self, input_size: int) -> ModelOutput:
-        """What one image gives, on shapes alone where the network needs no values."""
-        shape = (1, 3, input_size, input_size)
-        try:
-            clone = copy.deepcopy(self).to("meta").eval()
-            return clone.forward_with_features(torch.empty(shape, device="meta"))
-        except (RuntimeError, NotImplementedError):
-            output = self.eval().forward_with_features(torch.zeros(shape))
-            self.train()
-            return output
+        return self._trial(input_size)[1]
+
+    def parameters_by_map(self) -> list[set[str]]:
+        """Names of the parameters that each map is computed from, as gradients tell."""
+        with torch.enable_grad():
+            clone, output = self._trial(self.input_size)
+            names, parameters = zip(*clone.named_parameters())
+            gradients = [torch.autograd.grad(feature.sum(), parameters, retain_graph=True,
+                                             allow_unused=True) for feature in output.features]
+        return [{name for name, gradient in zip(names, of_map) if gradient is not None}
+                for of_map in gradients]
+
+    def blocks_of(self, names: set[str]) -> tuple[str, ...]:
+        """These parameters by the largest modules that hold no others."""
+        others = {place for name, _ in self.named_parameters() if name not in names
+                  for place in places_of(name)}
+        return tuple(dict.fromkeys(next(place for place in places_of(name) if place not in others)
+                                   for name in sorted(names)))
+
+
+def places_of(name: str) -> list[str]:
+    """"a.b.c" -> ["a", "a.b", "a.b.c"]."""
+    words = name.split(".")
+    return [".".join(words[:number]) for number in range(1, len(words) + 1)]
 
 
 def stride_of(input_size: int, side: int, said: int | None = None) -> int:
@@ -242,9 +263,24 @@ class TimmNetwork(LibraryNetwork):
 
     def layer_ids(self) -> dict[str, int]:
         from timm.models import group_parameters
-        if not hasattr(self.network, "group_matcher"):
-            return super().layer_ids()
+        if not hasattr(self.network, "group_matcher"):  # a few families
+            raise UserError(f"timm does not name the blocks of {self.spec['model_name']}, which "
+                            "--layer-decay and --freeze with a number need. Leave --layer-decay at "
+                            "1; --freeze backbone needs none.")
         return group_parameters(self.network, self.network.group_matcher(), reverse=True)
+
+    def parts(self) -> list[list[tuple[str, ...]]]:
+        """The stem is what timm's groups begin with; a stage, what its map is computed from and
+        those before it are not."""
+        depths = self.layer_ids()
+        known = {name for name, depth in depths.items() if depth == 0}
+        parts = [[self.blocks_of(known)]]
+        for names in self.parameters_by_map():
+            stage = names - known
+            known |= stage
+            parts.append([self.blocks_of({name for name in stage if depths[name] == depth})
+                          for depth in sorted({depths[name] for name in stage})])
+        return parts
 
     def to_half(self, dtype: torch.dtype) -> VisionModel:
         was_training = self.training
@@ -383,68 +419,3 @@ class TorchvisionNetwork(LibraryNetwork):
                              " its published weights could not be had", weights=self.kind,
                              **self.spec)
         return network.state_dict()
-
-
-class UserNetwork(LibraryNetwork):
-    """A module of the user's own that gives logits (N, num_classes). Its maps are not known, so
-    only losses of logits can be offered; a VisionModel of the user's own declares them."""
-
-    feature_info = ()
-    classifiers = ()
-
-    def __init__(self, network: nn.Module, what: str) -> None:
-        super().__init__(network)
-        self.what = what
-        self.num_classes = build_with(lambda: self._probe(self.input_size), f"{what}, given images "
-                                      f"(1, 3, {self.input_size}, {self.input_size})"
-                                      ).logits.shape[1]
-
-    def forward_with_features(self, images: Tensor) -> ModelOutput:
-        logits = self.network(images)
-        if not isinstance(logits, Tensor) or logits.dim() != 2:
-            got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise UserError(f"{self.what} gives {got}, expected logits (N, classes). Return a "
-                            "VisionModel of models/base.py to give feature maps, too.")
-        return ModelOutput(logits, [])
-
-
-def find(name: str) -> Callable[..., VisionModel] | None:
-    """What builds the networks of a library, or of `module:function`; None for other names."""
-    if ":" in name:
-        return own_builder(name)
-    return {"timm": TimmNetwork, "torchvision": TorchvisionNetwork}.get(name)
-
-
-def own_builder(name: str) -> Callable[..., VisionModel]:
-    """`module:function` from the working folder or PYTHONPATH. Nothing from elsewhere is called: a
-    checkpoint names its network, too, and must not be able to start any function there is."""
-    module_name, _, function_name = name.partition(":")
-    folders = [os.getcwd(), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    found = PathFinder.find_spec(module_name.partition(".")[0], folders)
-    if found is None or not function_name:
-        raise UserError(f"{name!r} names a function of your own as module:function, and there is "
-                        f"no module {module_name!r} in {' or '.join(folders)}.")
-    sys.path += [folder for folder in folders if folder not in sys.path]
-    module = build_with(importlib.import_module, f"cannot import {module_name}", module_name)
-    function = getattr(module, function_name, None)
-    place = sys.modules[found.name]
-    if found.origin not in (None, place.__file__):
-        raise UserError(f"{found.origin} has the name of another module, {place.__file__}. Rename "
-                        "it.")
-    is_its_own = getattr(function, "__module__", "").partition(".")[0] == found.name
-    if not callable(function) or not is_its_own:
-        raise UserError(f"{module.__file__} defines no function {function_name!r}.")
-
-    @functools.wraps(function)
-    def build(**options: Any) -> VisionModel:
-        network = build_with(function, name, **options)
-        if isinstance(network, VisionModel):
-            return network
-        if isinstance(network, nn.Module):
-            return UserNetwork(network, name)
-        raise UserError(f"{name} gives a {type(network).__name__}, expected an nn.Module.")
-
-    return build
-
-
-MODELS.find_with(find)

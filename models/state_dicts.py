@@ -231,9 +231,15 @@ def describe_difference(got: State, wanted: State) -> str:
 
 
 def check_finite(state: State, path: str | Path) -> None:
-    """Raises UserError where weights are NaN, or infinite as float32."""
+    """Raises UserError where weights are NaN, or infinite as float32, and for variances below zero,
+    which give NaN."""
     wrong = [name for name, value in state.items()
              if value.is_floating_point() and not value.float().isfinite().all()]
+    negative = [name for name, value in state.items()
+                if name.endswith("running_var") and (value < 0).any()]
+    if negative:
+        raise UserError(f"{path} is damaged: {shown(negative[0])} holds variances below zero. Use "
+                        "another copy of the file.")
     if wrong:
         raise UserError(f"{path} holds weights that are NaN or infinite, in {len(wrong)} of "
                         f"{len(state)} tensors ({', '.join(wrong[:3])}): its training failed. Take "

@@ -24,6 +24,7 @@ from models.state_dicts import (
 )
 from utils.checkpoint import check_settings, load_file
 from utils.classes import imagenet_wnids, match, shortened
+from utils.content import is_list_of_words
 from utils.distributed import barrier, is_first_here
 from utils.log import print_once
 from utils.registry import UserError, parse_spec
@@ -59,7 +60,7 @@ def load_trained(path: Path, key: str | None = None) -> Trained:
     """The network with its weights, and what the file says of them. `key`: see `read_weights`."""
     content = load_file(path)
     settings = content.get("args")
-    if not isinstance(settings, dict) or not _is_list_of_words(settings.get("student")):
+    if not isinstance(settings, dict) or not is_list_of_words(settings.get("student")):
         raise UserError(f"{path} does not say which model it holds; that is known only of the "
                         "checkpoints of train_kd.py. Use --model NAME --weights FILE instead.")
     check_settings(settings, path)
@@ -209,12 +210,8 @@ def read_weights(path: Path, key: str | None = None, *, key_flag: str = "--weigh
     check_ordinary(state, path)
     settings, classes = content.get("args"), content.get("classes")
     spec = settings.get("student") if isinstance(settings, dict) else None
-    return Weights(state, path, classes if _is_list_of_words(classes) else None,
-                   spec if _is_list_of_words(spec) else None)
-
-
-def _is_list_of_words(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(word, str) for word in value)
+    return Weights(state, path, classes if is_list_of_words(classes) else None,
+                   spec if is_list_of_words(spec) else None)
 
 
 @contextmanager

@@ -216,9 +216,13 @@ def test_no_gpu(runner):
     runner.refused(*ALONE, "--device", "cuda", telling=("--device", "cuda", "cpu"))
 
 
-def test_tensorboard_is_not_there(runner, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    runner.refused(*ALONE, "--tensorboard", telling=("--tensorboard", "pip install tensorboard"))
+@pytest.mark.parametrize("words, module, telling", [
+    ("--tensorboard", "torch.utils.tensorboard", ("--log-to tensorboard", "pip install tensorb")),
+    ("--log-to wandb", "wandb", ("--log-to wandb", "pip install wandb")),
+    ("--log-to tensorbord", "x", ("--log-to", "tensorboard"))])
+def test_a_place_for_figures_is_not_there(words, module, telling, runner, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    runner.refused(*ALONE, *words.split(), telling=telling)
 
 
 # Weights
@@ -485,6 +489,17 @@ def test_resume_does_not_overwrite_another_run(old_run, runner):
     shutil.copytree(old_run, runner.folder / "copy")
     runner.refused(*OLD, "--resume", runner.folder / "copy" / "checkpoint-last.pth",
                    telling=(old_run.name, "overwrite", "--output-dir"))
+
+
+def test_the_same_command_with_resume_goes_on_where_it_was(old_run, runner):
+    """A cluster starts it again; the folder's own checkpoint then continues the named one."""
+    shutil.copy(old_run / "checkpoint-last.pth", "other.pth")
+    content = load_file(old_run / "checkpoint-last.pth")
+    del content[CHECKSUMS]
+    content["args"]["resume"] = "other.pth"
+    torch.save(content, old_run / "checkpoint-last.pth")
+    assert runner.train(*OLD, "--resume", "other.pth") == 0
+    runner.refused(*OLD, "--resume", "other.pth", "--no-auto-resume", telling=("overwrite",))
 
 
 @pytest.mark.parametrize("left", ["checkpoint-best.pth", "checkpoint-0.pth"])

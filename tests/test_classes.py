@@ -1,16 +1,17 @@
 """Classes are matched by their names: of a continued run, of two networks; and a teacher that
 guesses is told."""
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 import engine
-from analysis.common import LoadedModel
+from analysis.common import LoadedModel, validation_images
 from analysis.similarity import common_labels
 from data import ImageSource, keep_labels
 from losses import need_teacher_logits
-from utils.classes import imagenet_wnids
+from utils.classes import are_numbers, imagenet_wnids
 from utils.registry import UserError
 
 WNIDS = imagenet_wnids()
@@ -58,6 +59,18 @@ def test_two_networks_are_compared_on_the_classes_of_both(first, other, labels):
     assert common_labels(first, other) == labels
 
 
+def test_a_run_that_does_not_name_its_data_is_looked_at_on_folders():
+    with pytest.raises(UserError, match="imagefolder needs --data-path"):
+        validation_images(None, None, [network(["a"])._replace(settings={"student": ["net"]})])
+
+
+@pytest.mark.parametrize("names, expected", [
+    (["0", "1"], True), (["00", "01"], True), (["1", "0"], False), (["0", "2"], False),
+    (["a", "1"], False), (["0", "\u0661"], False)])
+def test_numbers_that_are_the_labels(names, expected):
+    assert are_numbers(names) is expected
+
+
 @pytest.mark.parametrize("acc1, num_classes, num_samples, warns", [
     (8.75, 10, 160, True), (12.0, 10, 160, True), (30.0, 10, 160, False), (71.0, 10, 160, False),
     (0.11, 1000, 50_000, True), (0.2, 1000, 50_000, False), (50.0, 2, 10, True),
@@ -66,6 +79,13 @@ def test_a_teacher_that_guesses_is_told(acc1, num_classes, num_samples, warns, c
     engine.warn_of_guessing(acc1, num_classes, num_samples)
     shown = capsys.readouterr().out
     assert shown.startswith("warning: the teacher's top-1") if warns else shown == ""
+
+
+def test_logits_that_are_nan_have_no_accuracy():
+    whole = engine.Evaluation(50.0, 100.0, 1.0, None, 2, {})
+    engine.refuse_nan(whole, "the teacher's")
+    with pytest.raises(UserError, match="^the teacher's logits are NaN"):
+        engine.refuse_nan(whole._replace(loss=math.nan), "the teacher's")
 
 
 @pytest.mark.parametrize("specs, needed", [

@@ -72,10 +72,16 @@ def test_the_command(capsys, tmp_path):
                  "--input-size", "64"]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("64 px") and "| stages.1.1.pwconv2 | 96x384 |" in printed
-    torch.save(create_model("slak_pico", 1000).state_dict(), tmp_path / "a.pth")
-    assert main(["--model", "slak_pico", "--weights", str(tmp_path / "a.pth")]) == 0
-    count = f"{create_model('slak_pico', 1000).num_parameters:,}"
-    assert f"| **total** |  | {count} | {count} |" in capsys.readouterr().out
+    model = create_model("slak_pico", 1000)
+    torch.save(model.state_dict(), tmp_path / "a.pth")
+    little = {"student": ["slak_pico"], "num_classes": 1000}  # of a run, by another program
+    torch.save({"model": model.state_dict(), "args": little}, tmp_path / "b.pth")
+    count = f"{model.num_parameters:,}"
+    for words in (["--model", "slak_pico", "--weights", str(tmp_path / "a.pth")],
+                  ["--checkpoint", str(tmp_path / "b.pth")]):
+        assert main(words) == 0
+        printed = capsys.readouterr().out
+        assert "224 px" in printed and f"| **total** |  | {count} | {count} |" in printed
 
 
 @pytest.mark.parametrize("words, telling", [

@@ -96,11 +96,29 @@ def test_every_launcher_tells_a_process_its_place(environ, expected):
     ({"RANK": "1", "WORLD_SIZE": "2"}, "Set MASTER_ADDR"),
     ({"PMI_RANK": "0", "PMI_SIZE": "2"}, "Set MASTER_ADDR"),
     ({**BATCH_JOB, "SLURM_PROCID": "1"}, "Set MASTER_ADDR"),
+    ({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "["},
+     "Set MASTER_ADDR"),
+    ({**OPEN_MPI, "MASTER_PORT": "99999"}, "MASTER_PORT=99999 .* is no port"),
+    ({**OPEN_MPI, "MASTER_PORT": "0"}, "MASTER_PORT=0 .* is no port"),
 ])
 def test_an_environment_that_tells_too_little_names_torchrun(environ, words):
     with pytest.raises(UserError, match=words) as caught:
         find_place(environ)
     assert "torchrun" in str(caught.value)
+
+
+@pytest.mark.parametrize("number", ["two", "", "0"])
+def test_a_program_in_a_strange_environment_ends_in_a_sentence(number, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", number)
+    monkeypatch.setenv("RANK", "0")
+
+    @program("prog", Parser)
+    def main(args: object) -> None:
+        distributed.setup("cpu")
+
+    assert main([]) == 2
+    err = capsys.readouterr().err
+    assert "WORLD_SIZE" in err and err.count("\n") == 1
 
 
 def test_processes_that_do_not_meet_say_so(monkeypatch):

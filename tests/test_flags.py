@@ -124,13 +124,6 @@ def test_flags_of_the_machine_do_not_change_the_result(base, tmp_path, words):
     assert log["test_loss"] == pytest.approx(changed_log["test_loss"], rel=1e-3)
 
 
-def test_tensorboard_writes_events(tmp_path):
-    pytest.importorskip("tensorboard")
-    run(tmp_path, "--tensorboard")
-    (folder,) = tmp_path.iterdir()
-    assert list((folder / "tensorboard").glob("events.*"))
-
-
 def test_student_weights_are_the_start(tmp_path):
     run(tmp_path / "first", "")
     (folder,) = (tmp_path / "first").iterdir()

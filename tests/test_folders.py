@@ -107,6 +107,8 @@ def test_a_link_to_a_folder_above_ends(tmp_path):
     (root / "deep" / "nowhere.png").symlink_to(root / "gone.png")
     assert images_below(str(root))[0] == [
         "a.png", "deep/b.png", "deep/nowhere.png", "other/c.png"]
+    # Or a class would have the images of all others, too.
+    assert images_below(str(root / "deep"))[0] == ["b.png", "nowhere.png"]
 
 
 def test_names_are_kept_as_bytes():

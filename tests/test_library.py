@@ -15,7 +15,7 @@ from analysis.complexity import meta_model
 from analysis.erf import contributions
 from models import create_model
 from models.base import IMAGENET_MEAN, IMAGENET_STD, VisionModel, check_spec, model_from_spec
-from models.distiller import FrozenTeacher
+from models.distiller import Distiller, FrozenTeacher
 from models.library import LibraryNetwork, TimmNetwork, stride_of
 from models.weights import load_student, load_teacher, load_trained
 from tests.helpers import fill_by_name, make_batches, make_options, make_state, no_mix
@@ -133,6 +133,14 @@ def test_families_of_timm(line):
         expected = model(images)
         halved = model.to_half(torch.bfloat16)(images.bfloat16())
     assert (halved.float() - expected).norm() < 0.1 * expected.norm() + 0.01
+    if hasattr(model.network, "group_matcher"):
+        parts, names = model.parts(), [*dict(model.named_parameters())]
+        found = [{name for name in names for block in part for place in block
+                  if f"{name}.".startswith(f"{place}.")} for part in parts]
+        assert sum(map(len, found)) == len(set().union(*found))  # none is in two stages
+        assert len(parts) == 1 + len(model.feature_info) and all(found)
+        heads = {f"{head}.{end}" for head in model.classifiers for end in ("weight", "bias")}
+        assert not heads & set().union(*found)
 
 
 @pytest.mark.parametrize("name, classifier, stages", [
@@ -234,6 +242,31 @@ def test_out_indices_choose_maps():
     assert torch.equal(features[0], maps[1])
     with pytest.raises(UserError, match="has the maps 0 to"):
         build([*TINY_VIT, "out_indices=99"])
+
+
+@needs_timm
+@pytest.mark.parametrize("spec, what, trained", [
+    (["timm", "model=test_resnet"], "2", {"layer3", "layer4", "fc"}),
+    ([*TINY_VIT, "out_indices=1,3,5"], "2", {"blocks.4", "blocks.5", "norm", "head"})])
+def test_stages_of_timm_can_be_kept(spec, what, trained):
+    """The stem and two stages have no gradient and stay in evaluation mode."""
+    student = build(spec)
+    Distiller(student, {}, {}, freeze=what).train()
+    modules = dict(student.named_modules())
+    assert {name for name, parameter in student.named_parameters() if parameter.requires_grad} == {
+        name for name, _ in student.named_parameters()
+        if any(f"{name}.".startswith(f"{place}.") for place in trained)}
+    assert all(modules[name].training for name in trained)
+    kept = {name.rpartition(".")[0] for name, parameter in student.named_parameters()
+            if not parameter.requires_grad} - {""}
+    assert kept and not any(modules[name].training for name in kept)
+
+
+@needs_timm
+def test_blocks_that_timm_does_not_name():
+    student = build(["timm", "model=pit_ti_224"])
+    with pytest.raises(UserError, match="does not name the blocks of pit_ti_224"):
+        student.parts()
 
 
 @needs_timm

@@ -99,9 +99,9 @@ def split_command(line: str) -> tuple[str, list[str]] | None:
 def check_command(parser: Parser, words: list[str]) -> None:
     """Its flags, and its names of networks, losses and data sets, are known."""
     args = parser.parse(words)
-    known = {"teacher": [*models.list_models(), "none"], "student": models.list_models(),
-             "model": models.list_models(), "loss": losses.list_losses(),
-             "data_set": list_datasets()}
+    networks = [*models.list_models(), *models.LIBRARIES, "my_module:build"]
+    known = {"teacher": [*networks, "none"], "student": networks, "model": networks,
+             "loss": losses.list_losses(), "data_set": list_datasets()}
     for flag, names in known.items():
         specs = getattr(args, flag, None) or []
         for spec in specs if specs and isinstance(specs[0], list) else [specs] * bool(specs):

@@ -169,6 +169,7 @@ def test_sizes_that_fit_and_what_trains_are_printed(words, telling, tmp_path, ca
     (["--accum-steps", "4"], "200 images, fewer than one effective batch of 256"),
     (["--batch-size", "256"], "200 images, fewer than one effective batch of 256"),
     (["--warmup-epochs", "6"], "the warm-up of 18 updates is longer than the run of 15"),
+    (["--warmup-epochs", "1e308"], "--warmup-epochs 1e+308 is longer than the run of 5 epochs"),
     (["--config", "RECIPE"], "200 images, fewer than one effective batch of 4096"),
     (["--freeze", "9"], "--freeze must be backbone, or a number of stages, 0 to 4"),
     (["--freeze", "1", "--sparsity", "0.4"], "Leave one of them out"),

@@ -186,6 +186,20 @@ def test_a_refusal_names_what_it_refuses(tmp_path):
         load_weights(make_model(), path)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("content, telling", [
+    (b"", "the file is empty"), (b"\n<!DOCTYPE html>", "a web page"),
+    (b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
+    (b'\x40\0\0\0\0\0\0\0{"a":', "a .safetensors file; give it that ending"),
+    (pickle.dumps({"model": [1.0]}), "was not written by torch.save")])
+def test_what_people_take_for_a_checkpoint_is_named(content, telling, tmp_path):
+    path = tmp_path / "weights.pth"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=telling) as caught:
+        load_weights(make_model(), path)
+    assert "code are not" not in str(caught.value) and "\n" not in str(caught.value)
+
+
 def test_a_text_path_loads(tmp_path):
     model = make_model()
     load_weights(model, str(save({"model": make_state()}, tmp_path)))
@@ -247,6 +261,8 @@ def change(state: dict[str, Tensor], what: str) -> dict[str, Tensor]:
         state["conv1.weight"] = torch.ones(4, 3, 3, 3)
     elif what == "classes":
         state = make_state(num_classes=7)
+    elif what == "variance":
+        state["bn1.running_var"] = -torch.ones(4)
     elif what in ("NaN", "infinite"):
         state["bn1.weight"] = torch.full((4,), 1e300 if what == "infinite" else torch.nan,
                                          dtype=torch.float64)
@@ -268,6 +284,7 @@ def change(state: dict[str, Tensor], what: str) -> dict[str, Tensor]:
                 r"instead of \(10,\)\)\. The file is for 7 classes, the model has 10"),
     ("NaN", r"holds weights that are NaN or infinite, in 1 of 62 tensors \(bn1.weight\)"),
     ("infinite", r"NaN or infinite, in 1 of 62 tensors \(bn1.weight\)"),
+    ("variance", "is damaged: bn1.running_var holds variances below zero"),
     ("whole numbers", r"conv1.weight holds torch.int64 and should hold torch.float32\."),
     ("complex", r"conv1.weight is a tensor of torch.complex64. Weights are dense tensors"),
     ("sparse", "conv1.weight is a nested or sparse tensor"),

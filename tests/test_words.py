@@ -73,6 +73,10 @@ def values_of(parser: Parser, words: str) -> dict:
     ("--drop_path 0.1", "--student resnet50 drop_path=0.1"),
     ("--model slak_t --drop-path=0.1 --head_init_scale 0.5",
      "--student slak_t drop_path=0.1 head_init_scale=0.5"),
+    ("--student timm model=convnext_atto --drop_path 0.1",
+     "--student timm model=convnext_atto drop_path_rate=0.1"),
+    ("--drop_path 0.1 --student torchvision model=swin_t",
+     "--student torchvision model=swin_t stochastic_depth_prob=0.1"),
     ("--model convnext_t --layer_scale_init_value 0",
      "--student convnext_t layer_scale_init=0"),
     ("--opt adamw", ""), ("--update_freq 4", "--accum-steps 4"),
@@ -166,6 +170,7 @@ BOMB = "a: &a [1, 2]\n" + "".join(f"{new}: &{new} [*{old}, *{old}]\n"
 @pytest.mark.parametrize("content", [
     "epochs: 1\nepochs: 2", "lr: 2001-99-99", BOMB, "a: " + "[" * 1500, "!!python/name:os.system x",
     "lr: !!binary x", "lr: !!timestamp x", "? [1]\n: 2", "1: 2", "- a", "text", "a:\tb\n\t- c",
+    "epochs: 1:30", "seed: 010",
     b"\xff\xfe\x00x", "lr: " + "9" * 5000, "x: " + "y" * 2 ** 19, "%YAML 9"])
 def test_what_is_no_mapping_of_settings_is_refused(tmp_path, content):
     path = tmp_path / "r.yaml"

@@ -4,7 +4,9 @@ import filecmp
 import pickle
 import re
 import subprocess
+import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,13 @@ from typing import Any
 import torch
 import yaml
 
-from utils.content import CHECKSUMS, check_checksums, check_form, checksums
+from utils.content import (
+    CHECKSUMS,
+    check_checksums,
+    check_form,
+    checksums,
+    is_list_of_words,
+)
 from utils.distributed import gather_objects, on_main
 from utils.extras import HARMLESS, refused_global
 from utils.files import could_not_write, delete_leftovers, write_atomically, write_text_atomically
@@ -35,21 +43,14 @@ def load_file(path: Path) -> dict[str, Any]:
     if Path(path).suffix == ".safetensors":
         return _load_safetensors(path)
     try:
-        with torch.serialization.safe_globals(HARMLESS):
+        with torch.serialization.safe_globals(HARMLESS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of old or strange files, beside the error
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"no such file: {path}.") from None
-    except pickle.UnpicklingError as error:  # torch's own text advises to run the file's code
-        refused = refused_global(error)
-        why = "files that hold code are not opened"
-        if refused:
-            why = (f"it holds {refused}, and no code is run to read a file. Save its state dict "
-                   "alone, with the program that wrote it")
-        raise UserError(f"{path} is not a readable PyTorch checkpoint of tensors and plain values "
-                        f"({why}).") from None
     except Exception as error:  # a damaged file can raise almost anything inside torch.load
-        raise UserError(f"{path} is not a readable PyTorch checkpoint ({one_line(error)[:200]})."
-                        ) from None
+        raise UserError(f"{path} is not a readable PyTorch checkpoint of tensors and plain values "
+                        f"({_why_unreadable(error, path)}).") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, expected a dict of tensors.")
     if CHECKSUMS in content:
@@ -58,6 +59,38 @@ def load_file(path: Path) -> dict[str, Any]:
         print_once(f"note: {path} was written before checkpoints had checksums; whether it is "
                    "damaged cannot be told")
     return content
+
+
+# What people give in place of a checkpoint, by how it begins.
+MISTAKEN = (
+    (rb"version https://git-lfs",
+     "it is a pointer of Git LFS; fetch the file itself, with git lfs pull"),
+    (rb"\s*<", "it is a web page or other text; fetch the file itself"),
+    (rb'(?s).{8}\{"', "it is a .safetensors file; give it that ending"))
+
+
+def _why_unreadable(error: Exception, path: Path) -> str:
+    """Without torch's own advice, which is to run the file's code."""
+    refused = refused_global(error)
+    if refused:
+        return (f"it holds {refused}, and no code is run to read a file. Save its state dict "
+                "alone, with the program that wrote it")
+    if isinstance(error, OSError):
+        return error.strerror or one_line(error)
+    with suppress(OSError), open(path, "rb") as file:
+        start = file.read(64)
+        if not start:
+            return "the file is empty"
+        for pattern, sentence in MISTAKEN:
+            if re.match(pattern, start):
+                return sentence
+    if "PytorchStreamReader" in str(error):  # a page of advice follows
+        return "it is damaged, or not whole"
+    if "TorchScript" in str(error):
+        return "it is a TorchScript archive, a program. Save its state dict alone"
+    if isinstance(error, pickle.UnpicklingError):
+        return "it is damaged, was not written by torch.save, or holds code, which is never run"
+    return one_line(error)[:200]
 
 
 def _load_safetensors(path: Path) -> dict[str, Any]:
@@ -116,9 +149,10 @@ WRITTEN = ("checkpoint-", "log.txt", "args.yaml")
 # processes share an effective batch is free as long as the product is the same.
 FREE_ON_RESUME = frozenset({
     "config", "output_dir", "resume", "auto_resume", "device", "num_workers", "print_every",
-    "save_freq", "save_num", "save_best", "save_every_steps", "tensorboard", "skip_bad_images",
-    "data_path", "student_weights", "student_weights_key", "compile", "compile_teacher",
-    "channels_last", "batch_size", "accum_steps", "world_size", "git", "dry_run", "large_kernel",
+    "save_freq", "save_num", "save_best", "save_every_steps", "log_to", "tensorboard",
+    "skip_bad_images", "data_path", "student_weights", "student_weights_key", "compile",
+    "compile_teacher", "channels_last", "batch_size", "accum_steps", "world_size", "git", "dry_run",
+    "large_kernel",
     "teacher_stream", "log_kd_health",  # these two: only files of older versions have them
     TEACHER})  # what the teacher's weights are is compared by `restore`, wherever they lie
 
@@ -184,10 +218,12 @@ def _read_saved(folder: Path, resume: Path | None, auto_resume: bool
     remains = sorted(path.name for path in folder.glob("*")
                      if path.suffix == ".pth" or path.name == "log.txt")
     if resume is not None:
-        if remains and resume.resolve().parent != folder.resolve():
-            raise UserError(f"{folder} holds another run, which --resume {resume} would overwrite. "
-                            "Set another --output-dir.")
         path = resume
+        if remains and resume.resolve().parent != folder.resolve():
+            if not (auto_resume and _has_resumed(last, resume)):
+                raise UserError(f"{folder} holds another run, which --resume {resume} would "
+                                "overwrite. Set another --output-dir.")
+            path = last  # the same command was started before: a cluster starts it again
     elif not last.exists():
         if remains:
             raise UserError(f"{folder} holds {', '.join(remains)} of another run but no {LAST}. "
@@ -213,6 +249,13 @@ def _read_saved(folder: Path, resume: Path | None, auto_resume: bool
     return path, saved
 
 
+def _has_resumed(last: Path, resume: Path) -> bool:
+    """Whether the run whose newest checkpoint is `last` began as a continuation of `resume`."""
+    settings = load_file(last).get("args") if last.exists() else None
+    begun = settings.get("resume") if isinstance(settings, dict) else None
+    return isinstance(begun, str) and Path(begun).resolve() == resume.resolve()
+
+
 def check_settings(settings: Any, path: Path) -> None:
     """Raises UserError unless `settings`, the `args` of the file at `path`, are those of a run:
     plain values by name, of their types where a program reads one."""
@@ -221,8 +264,7 @@ def check_settings(settings: Any, path: Path) -> None:
                         f"{type(settings).__name__}, expected a dict.")
     for name, value in settings.items():
         if name in ("student", "teacher", "data_set"):
-            is_right = isinstance(value, list) and len(value) > 0 and all(
-                isinstance(word, str) for word in value)
+            is_right = is_list_of_words(value)
         elif name in ("num_classes", "input_size"):
             is_right = type(value) is int and 0 < value < 2 ** 31
         elif name == "crop_pct":

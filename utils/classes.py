@@ -26,8 +26,9 @@ def shortened(names: Sequence[str]) -> str:
 
 
 def are_numbers(names: Sequence[str]) -> bool:
-    """Whether they are 0, 1, 2, ...: the labels themselves."""
-    return list(names) == [str(label) for label in range(len(names))]
+    """Whether they are 0, 1, 2, ... or 000, 001, 002, ...: the labels themselves."""
+    return all(name.isascii() and name.isdecimal() and int(name) == label
+               for label, name in enumerate(names))
 
 
 def match(have: Sequence[str] | None, number: int, wanted: Sequence[str]) -> list[int]:

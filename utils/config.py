@@ -121,7 +121,9 @@ class Parser(argparse.ArgumentParser):
 
 def _with_options(student: list[str], options: dict[str, str]) -> list[str]:
     """`student`, NAME key=value ..., with options that flags of their own gave."""
+    theirs = foreign.LIBRARY_OPTIONS.get(student[0], {})
     for key, value in options.items():
+        key = theirs.get(key, key)
         if key in parse_spec(student, "--student")[1]:
             raise UserError(f"{key} is given twice, as an option of --student and as a flag; keep "
                             "one.")
@@ -238,8 +240,10 @@ def program(name: str, build_parser: Callable[[], Parser]
                     raise
             message = re.sub(r"\s*[\r\n]+\s*", " ", message)
             if distributed.should_print(message, is_consequence=message == distributed.LOST_PEER):
-                many = int(os.environ.get("WORLD_SIZE", 1)) > 1
-                who = f"{name} (process {os.environ.get('RANK', '?')})" if many else name
+                who = name
+                if distributed.may_be_many():
+                    who = f"{name} (process {os.environ.get('RANK', '?')})"
+                sys.stdout.flush()  # what was said before comes before
                 print(f"{who}: {message}", file=sys.stderr, flush=True)
             return code
 

@@ -33,16 +33,8 @@ def tensor_fault(value: Any) -> str | None:
     return None
 
 
-def check_tensors(state: Any, where: str) -> None:
-    """Raises UserError, naming the entry, unless `state` is a dict of ordinary tensors by their
-    names; `where` begins the sentence, '{where} holds ...'. An empty dict passes."""
-    if not isinstance(state, dict):
-        raise UserError(f"{where} holds a {type(state).__name__}, expected a dict of tensors.")
-    for name, value in state.items():
-        fault = tensor_fault(value)
-        if fault or not isinstance(name, str):
-            raise UserError(f"{where} holds no ordinary tensor under {name!r}: it is "
-                            f"{fault or 'no name'}. Use another copy of the file.")
+def is_list_of_words(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(word, str) for word in value)
 
 
 def entry(content: Any, *names: Any) -> Any:

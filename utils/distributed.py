@@ -77,7 +77,11 @@ def find_place(environ: Mapping[str, str]) -> Place:
     address = _first_machine(environ, is_alone=environ.get(names[3]) == str(world_size))
     job = "".join(environ.get(name, "") for name in JOB_NAMES)
     port = 29500 + zlib.crc32(job.encode()) % 10000 if job else 29500
-    return place._replace(address=address, port=_number(environ, "MASTER_PORT", port))
+    port = _number(environ, "MASTER_PORT", port)
+    if not 0 < port < 2 ** 16:
+        raise UserError(f"MASTER_PORT={port} in the environment is no port, which are 1 to 65535. "
+                        f"Set a free one, or start the processes with {TORCHRUN}")
+    return place._replace(address=address, port=port)
 
 
 def _number(environ: Mapping[str, str], name: str, default: int | None) -> int:
@@ -98,9 +102,9 @@ def _first_machine(environ: Mapping[str, str], is_alone: bool) -> str:
         return environ["MASTER_ADDR"]
     if is_alone:
         return "localhost"
-    if nodes:  # gpu[01-03,07],big1 -> gpu01
-        first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)[0]
-        return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first)
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes or "")
+    if first:  # gpu[01-03,07],big1 -> gpu01
+        return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0])
     raise UserError("the environment says that this is one of many processes, but not where the "
                     "first of them is. Set MASTER_ADDR to its machine and MASTER_PORT to a free "
                     f"port of it, the same for all, or start them with {TORCHRUN}")
@@ -203,8 +207,7 @@ def should_print(message: str, is_consequence: bool = False) -> bool:
     and, where that is the consequence of another's end, none printed any. One mistake is one
     sentence. torchrun's store answers, which outlives its processes; without it every process
     prints."""
-    if (int(os.environ.get("WORLD_SIZE", 1)) == 1
-            or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"):
+    if not may_be_many() or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return True
     try:
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
@@ -249,6 +252,11 @@ def world_size() -> int:
 
 def is_main() -> bool:
     return rank() == 0
+
+
+def may_be_many() -> bool:
+    """Whether the environment speaks of many processes, joined or not yet; it may hold anything."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def is_first_here() -> bool:

@@ -54,7 +54,7 @@ def describe(error: Exception, flags: Mapping[str, Any]) -> str | None:
         return LOST_PEER
     if not isinstance(error, (OSError, RuntimeError, MemoryError)):
         return None
-    text = " ".join(str(error).split())
+    text = one_line(error)
     if isinstance(error, torch.OutOfMemoryError) or GPU_IS_FULL.search(text):
         return f"error: {_full_gpu(text, flags)}"
     for pattern, sentence in SENTENCES:

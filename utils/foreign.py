@@ -33,12 +33,15 @@ SWITCHES = {
 # Flag -> option of the network that --student names.
 STUDENT_OPTIONS = {"--drop-path": "drop_path", "--head-init-scale": "head_init_scale",
                    "--layer-scale-init-value": "layer_scale_init"}
+# What libraries call these options; of others, nothing is known.
+LIBRARY_OPTIONS = {"timm": {"drop_path": "drop_path_rate"},
+                   "torchvision": {"drop_path": "stochastic_depth_prob"}}
 
 BOOLEANS = ("true", "false")
 _SCHEDULE = ("The rate rises linearly from 0 and falls as a cosine: --lr, --min-lr, "
              "--warmup-epochs.")
 _ERASING = "Of an image one rectangle is filled with noise, with the probability --reprob."
-_LOGS = "Every epoch's numbers are in log.txt; --tensorboard writes them as events, too."
+_LOGS = "Every epoch's numbers are in log.txt; --log-to tensorboard wandb sends them there, too."
 _STARTER = "torchrun starts the processes; leave it out."
 _CLASSES = "The number of classes comes from the data; leave it out."
 _LOSS = "Losses are named with their options, for example --loss kd temperature=3."

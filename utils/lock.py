@@ -51,7 +51,10 @@ class FolderLock:
         except OSError:  # no run is there, or none that this start could continue
             return
         with file:
-            self._lock(file)
+            try:
+                self._lock(file)
+            except OSError as error:
+                raise could_not_write(self.path, error, "lock") from None
 
     def acquire(self, note: str) -> None:
         """Hold the folder, which must exist, and add a line to command.txt: the command, `note`,

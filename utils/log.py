@@ -1,4 +1,4 @@
-"""What a run tells: printed lines, tables, progress, means of an epoch, log.txt, TensorBoard."""
+"""What a run tells: printed lines, tables, progress, means of an epoch, log.txt."""
 import json
 import math
 import sys
@@ -15,6 +15,7 @@ from utils.distributed import gather_objects, is_main, on_main, rank, sum_over_r
 from utils.files import write_text_atomically
 from utils.records import read_records
 from utils.registry import UserError
+from utils.sinks import Sink
 
 
 def print_once(message: str) -> None:
@@ -126,22 +127,25 @@ def sum_dtype(values: dict[str, Tensor]) -> torch.dtype:
 
 
 class RunLog:
-    """What a run of `epochs` leaves of each: a printed line, a JSON object in log.txt and, if asked
-    for, TensorBoard events beside it. To be made by all processes; raises UserError on all where
-    there is a log.txt that cannot be continued."""
+    """What a run of `epochs` leaves of each: a printed line, a JSON object in log.txt, which is the
+    record, and the same figures in `sinks`. To be made by all processes; raises UserError on all
+    where there is a log.txt that cannot be continued."""
 
-    def __init__(self, folder: Path, epochs: int, tensorboard: bool) -> None:
+    def __init__(self, folder: Path, epochs: int, sinks: Sequence[Sink] = ()) -> None:
         self.path, self.epochs = folder / "log.txt", epochs
         self.lines: dict[int, str] = {}  # of log.txt, by epoch; of the first process
         on_main(self._read)
         self.start, self.num_written = time.perf_counter(), 0
-        self.writer = None
-        if tensorboard and is_main():
-            self.writer = summary_writer_class()(str(folder / "tensorboard"))
+        self.sinks = sinks
 
-    def write(self, record: dict[str, Any], best: dict[str, float]) -> None:
+    def point(self, values: dict[str, float], step: int) -> None:
+        """Figures within an epoch, for the sinks alone."""
+        self._add({f"update/{name}": value for name, value in values.items()}, step)
+
+    def write(self, record: dict[str, Any], best: dict[str, float], step: int) -> None:
         """Append a record; an epoch that is repeated after a resume replaces its old line. What is
-        NaN or infinite becomes null: JSON has no such numbers. `best`: as TrainState has it."""
+        NaN or infinite becomes null: JSON has no such numbers. `best`: as TrainState has it.
+        `step`: updates done."""
         if not is_main():
             return
         self.num_written += 1
@@ -155,11 +159,19 @@ class RunLog:
                        "this one")
         self.lines = dict(sorted(kept.items())) | {epoch: json.dumps(record)}
         write_text_atomically("\n".join(self.lines.values()) + "\n", self.path)
-        if self.writer is not None:
-            for key, value in record.items():
-                if isinstance(value, (int, float)):
-                    self.writer.add_scalar(key, value, record["epoch"])
-            self.writer.flush()
+        self._add(record, step)
+        for sink in self.sinks:
+            sink.flush()
+
+    def close(self) -> None:
+        for sink in self.sinks:
+            sink.close()
+
+    def _add(self, values: dict[str, Any], step: int) -> None:
+        numbers = {name: value for name, value in values.items()
+                   if isinstance(value, (int, float)) and math.isfinite(value)}
+        for sink in self.sinks:
+            sink.add(numbers, step)
 
     def _read(self) -> None:
         try:
@@ -188,13 +200,3 @@ class RunLog:
         pace = (time.perf_counter() - self.start) / self.num_written
         minutes = int(pace * (self.epochs - epoch) / 60)
         return "  ".join([*parts, f"eta {minutes // 60}:{minutes % 60:02d}"])
-
-
-def summary_writer_class() -> type:
-    """TensorBoard's writer. Raises UserError where the optional package is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard, "
-                        "or leave the flag out.") from None
-    return SummaryWriter

@@ -63,6 +63,9 @@ def warmup_updates(warmup_epochs: float, steps_per_epoch: int, epochs: int, *,
                    is_fixed: bool) -> int:
     """Updates of a warm-up of so many epochs. Where they are a default (not `is_fixed`) and as long
     as the run, a tenth of the run."""
+    if warmup_epochs * steps_per_epoch >= 2 ** 31:  # or infinite
+        raise UserError(f"--warmup-epochs {warmup_epochs:g} is longer than the run of {epochs} "
+                        "epochs. Lower it.")
     number, total = int(warmup_epochs * steps_per_epoch), epochs * steps_per_epoch
     return number if is_fixed or number < total else total // 10
 

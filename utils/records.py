@@ -3,12 +3,13 @@
 Nothing in them runs, and nothing in them can fill the memory.
 """
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from utils.registry import UserError, one_line
+from utils.registry import UserError, one_line, short
 
 LARGEST = 2 ** 18  # bytes of a YAML file: a recipe has 2 KiB
 MOST_REFERENCES = 100
@@ -40,6 +41,17 @@ class _Loader(yaml.SafeLoader):
         if len(mapping) < len(node.value):
             raise yaml.YAMLError(f"a key is there twice, from line {node.start_mark.line + 1} on")
         return mapping
+
+
+def _plain_int(loader: _Loader, node: yaml.ScalarNode) -> int:
+    """Not YAML 1.1's, in which 010 is 8 and 1:30 is 90."""
+    if not re.fullmatch(r"[-+]?(0|[1-9][0-9]*)", node.value):
+        raise yaml.YAMLError(f"{short(node.value)} may mean several numbers; write it plainly, or "
+                             "in quotes where it is a word")
+    return int(node.value)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _plain_int)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -177,7 +177,8 @@ def mistakes_section(found: Sequence[Predictions], words: Mapping[str, str], num
     for place, network in enumerate(found[:MOST_NETWORKS]):
         wrong = predictions.confident_mistakes(network, num_images)
         items = [thumbnail(find_image(network.names[i]), f"{network.names[i]}",
-                           [verdict(network, i, words), f"label: {words_of(network, i, words)}"])
+                           [f"taken for {taken_for(network, i, words)}",
+                            f"label: {words_of(network, i, words)}"])
                  for i in wrong]
         title = f"{network.label}: {int((~network.is_right).sum()):,} mistakes"
         body = f'<ul class="images">{"".join(items)}</ul>' if items else note("None.")
@@ -200,8 +201,9 @@ def disagreement_section(pairs: Sequence[tuple[Predictions, Predictions]],
         rows = [[name, f"{int(mask.sum()):,}", f"{100 * mask.mean():.1f}"]
                 for name, mask in counts]
         items = [thumbnail(find_image(first.names[i]), first.names[i],
-                           [verdict(first, i, words), verdict(other, i, words),
-                            f"label: {words_of(first, i, words)}"])
+                           [f"{network.label}: {taken_for(network, i, words)}"
+                            for network in (first, other)]
+                           + [f"label: {words_of(first, i, words)}"])
                  for i in predictions.disagreements(first, other, num_images)]
         body = table(["", "images", "%"], rows, 1, "who is right") + (
             f'<ul class="images">{"".join(items)}</ul>')
@@ -210,9 +212,8 @@ def disagreement_section(pairs: Sequence[tuple[Predictions, Predictions]],
     return Section("disagreement", "Where student and teacher disagree", "".join(parts))
 
 
-def verdict(network: Predictions, place: int, words: Mapping[str, str]) -> str:
-    return (f"{network.label}: {words[network.classes[network.best[place]]]} "
-            f"{network.prob[place]:.0%}")
+def taken_for(network: Predictions, place: int, words: Mapping[str, str]) -> str:
+    return f"{words[network.classes[network.best[place]]]}, {network.prob[place]:.0%}"
 
 
 def words_of(network: Predictions, place: int, words: Mapping[str, str]) -> str:

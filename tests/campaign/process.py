@@ -120,9 +120,8 @@ def _become(program: str, argv: list[str], cwd: Path, output: Path,
     sys.argv = [f"{program}.py", *argv]
     code = 1
     try:
-        importlib.import_module("utils.process").begin()  # as each program's first line
         in_child()
-        code = sys.modules[program].main(argv)
+        code = sys.modules[program].main()
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
