@@ -26,11 +26,10 @@ from typing import NamedTuple
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
-from torchvision.models import ResNet50_Weights
 
 import data
 import models
-from data.images import is_image
+from data.folders import images_below
 from models.weights import Trained, load_named, load_trained
 from utils import distributed
 from utils.config import Parser, at_least, program
@@ -142,7 +141,7 @@ class Classifier(nn.Module):
             raise UserError("the network has no classifier, so it cannot name a class. Use one "
                             "that was trained with labels.")
         self.model = model.eval().fold().to(memory_format=torch.channels_last)
-        self.classes = class_words(classes, model.num_classes)
+        self.classes = class_names(classes, model.num_classes)
         self.transform = ImageTransform(model, settings)
         self.eval()
 
@@ -198,13 +197,12 @@ class ImageTransform:
         return self.to_floats(data.ImageBatch(pixels[None], nothing_erased))[0]
 
 
-def class_words(classes: Sequence[str] | None, num_classes: int) -> list[str]:
-    """Names by label: ImageNet's words for its wnids; numbers where no names are known."""
+def class_names(classes: Sequence[str] | None, num_classes: int) -> list[str]:
+    """By label, in ImageNet's words where they are its wnids; numbers where no names are known."""
     wnids = data.imagenet_wnids()
     if classes is None:
         classes = wnids if num_classes == len(wnids) else [f"class {i}" for i in range(num_classes)]
-    words = dict(zip(wnids, ResNet50_Weights.DEFAULT.meta["categories"]))
-    return [words.get(name, name) for name in classes]
+    return data.class_words(classes)
 
 
 class ImageFiles(data.ImageSource):
@@ -229,8 +227,7 @@ def find_images(given: Sequence[Path]) -> list[str]:
     found: list[Path] = []
     for path in given:
         if path.is_dir():
-            inside = [file for file in sorted(path.rglob("*"))
-                      if is_image(file.name)]
+            inside = [path / name for name in images_below(str(path))[0]]
             if not inside:
                 raise UserError(f"{path} holds no images (*.jpg, *.png, ...). Name a folder of "
                                 "images, or files.")

@@ -18,6 +18,7 @@ from data.datasets import (
     list_datasets,
 )
 from data.images import read_image, to_rgb
+from data.layouts import class_words
 from data.loader import Loader, eval_loader, train_loader
 from data.mixup import Mixup
 from data.transforms import (
@@ -33,6 +34,6 @@ from utils.classes import imagenet_wnids
 DATASETS.add_aliases({"CIFAR": "cifar100", "IMNET": "imagenet", "image_folder": "imagefolder"})
 
 __all__ = ["FILTERS", "Batch", "BatchTransform", "ImageBatch", "ImageSource", "Loader", "Metric",
-           "Mixup", "create_dataset", "create_splits", "describe_eval", "eval_loader",
-           "eval_transform", "imagenet_wnids", "keep_labels", "list_datasets", "read_image",
-           "to_rgb", "train_loader", "train_transform", "warp_transform"]
+           "Mixup", "class_words", "create_dataset", "create_splits", "describe_eval",
+           "eval_loader", "eval_transform", "imagenet_wnids", "keep_labels", "list_datasets",
+           "read_image", "to_rgb", "train_loader", "train_transform", "warp_transform"]

@@ -18,8 +18,9 @@ from data.datasets import ImageSource, register_dataset
 from data.images import EXTENSIONS, is_image, is_junk, persistently, printable, read_image
 from utils.classes import are_numbers, imagenet_wnids, shortened
 from utils.log import print_once
-from utils.registry import UserError
+from utils.registry import UserError, short
 
+MOST_CLASSES = 1_000_000
 # Folders of a part, the first that is there; any other name is a folder itself.
 PARTS = {"train": ("train", "training", "ILSVRC2012_img_train"),
          "val": ("val", "validation", "valid", "ILSVRC2012_img_val", "test")}
@@ -216,6 +217,16 @@ def is_number(name: str) -> bool:
 
 def number_of(name: str) -> tuple[int, str]:
     return int(name), name
+
+
+def numbered_classes(labels: Sequence[str], place: str | Path) -> list[str]:
+    """'0' to the largest of labels that are whole numbers. Raises UserError for one that is no
+    label."""
+    largest = max(labels, key=lambda label: (len(label.lstrip("0")), label.lstrip("0")))
+    if len(largest.lstrip("0")) > len(str(MOST_CLASSES)) or int(largest) >= MOST_CLASSES:
+        raise UserError(f"{place} has the label {short(largest)}; whole numbers are the labels "
+                        f"themselves, below {MOST_CLASSES:,}. Name the classes otherwise.")
+    return [str(label) for label in range(int(largest) + 1)]
 
 
 def common_parent(folders: Sequence[str]) -> str:

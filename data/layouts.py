@@ -4,13 +4,23 @@ import os
 import re
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+from torchvision.models import ResNet50_Weights
 
 from data.datasets import ImageSource, register_dataset
-from data.folders import ImageFolder, ListedImages, Names, class_names, images_below, part_folder
+from data.folders import (
+    ImageFolder,
+    ListedImages,
+    Names,
+    class_names,
+    images_below,
+    is_number,
+    numbered_classes,
+    part_folder,
+)
 from data.images import printable
 from utils.classes import imagenet_wnids
 from utils.registry import UserError, one_line
@@ -23,6 +33,12 @@ CSV = "LOC_val_solution.csv"
 TRUTH = "*validation_ground_truth.txt"  # of a development kit: a number of a synset a line
 KITS = (".", "data", "ILSVRC2012_devkit_t12/data", "ILSVRC2012_devkit_t12", "devkit/data",
         "ILSVRC/devkit/data")
+
+
+def class_words(classes: Sequence[str]) -> list[str]:
+    """What to call classes: ImageNet's words for its wnids, else their names."""
+    words = dict(zip(imagenet_wnids(), ResNet50_Weights.DEFAULT.meta["categories"]))
+    return [words.get(name, name) for name in classes]
 
 
 @register_dataset("imagenet")
@@ -187,8 +203,8 @@ def image_list(part: str, data_path: str | None, file: str = "", val: str = "",
     path = Path(os.path.expanduser(val if part == "val" and val else file))
     rows = read_list(path)
     own = sorted({label for _, label in rows})
-    if all(label.isascii() and label.isdecimal() for label in own):
-        own = [str(label) for label in range(max(map(int, own)) + 1)]
+    if all(map(is_number, own)):
+        own = numbered_classes(own, path)
         rows = [(name, str(int(label))) for name, label in rows]
     names = [os.fsencode(name) for name, _ in rows]
     source = ListedImages(Names(names), ListedImages.labels_of([label for _, label in rows], own),
@@ -211,7 +227,11 @@ def read_list(path: Path) -> list[tuple[str, str]]:
     lines = [line for line in lines if line.strip() and not line.startswith("#")]
     comma = "," if path.suffix.lower() == ".csv" else None
     rows = []
-    for line in csv.reader(lines) if comma else map(split_line, lines):
+    try:
+        parts = list(csv.reader(lines) if comma else map(split_line, lines))
+    except csv.Error as error:
+        raise UserError(f"{path} is no readable list with commas ({one_line(error)}).") from None
+    for line in parts:
         if len(line) < 2 or not line[0].strip() or not line[1].strip():
             raise UserError(f"{path} has the line {printable(' '.join(line))!r}; expected a path "
                             "and a label in each.")

@@ -16,7 +16,14 @@ import numpy as np
 from PIL import Image
 
 from data.datasets import register_dataset
-from data.folders import PARTS, ListedImages, Names, part_folder
+from data.folders import (
+    PARTS,
+    ListedImages,
+    Names,
+    is_number,
+    numbered_classes,
+    part_folder,
+)
 from data.images import (
     EXTENSIONS,
     StorageFault,
@@ -107,7 +114,8 @@ def shards(part: str, data_path: str | None) -> Shards:
     classes = index.pop("classes").tolist()
     names = Path(data_path) / NAMES
     if names.is_file():
-        wanted = [line.strip() for line in names.read_text().splitlines() if line.strip()]
+        text = printable(names.read_bytes().decode(errors="surrogateescape"))
+        wanted = [line.strip() for line in text.splitlines() if line.strip()]
         if len(wanted) < len(classes):
             raise UserError(f"{names} has {len(wanted)} names, and the labels of {part} go to "
                             f"{len(classes) - 1}. Give each class a line.")
@@ -156,9 +164,9 @@ def build_index(paths: list[Path]) -> dict[str, np.ndarray]:
                         "expected 0001.jpg and 0001.cls, or <class>/0001.jpg.")
     labels = [member.label for member in members]
     classes = sorted(set(labels))
-    if all(label.isascii() and label.isdecimal() for label in classes):
+    if all(map(is_number, classes)):
+        classes = numbered_classes(classes, paths[0].parent)
         labels = [str(int(label)) for label in labels]
-        classes = [str(number) for number in range(max(map(int, labels)) + 1)]
     names = Names([os.fsencode(member.name) for member in members])
     return {"shard": np.array([member.shard for member in members], np.int32),
             "start": np.array([member.start for member in members], np.int64),

@@ -65,11 +65,12 @@ class LibraryNetwork(VisionModel):
     def _trial(self, input_size: int) -> tuple["LibraryNetwork", ModelOutput]:
         """A copy of this network, on shapes alone where it needs no values, and what it makes of
         one image."""
-        shape, clone = (1, 3, input_size, input_size), copy.deepcopy(self).eval()
+        shape = (1, 3, input_size, input_size)
+        clone = copy.deepcopy(self).eval().requires_grad_(True)
         try:
             return clone, clone.to("meta").forward_with_features(torch.empty(shape, device="meta"))
         except (RuntimeError, NotImplementedError):
-            clone = copy.deepcopy(self).eval()
+            clone = copy.deepcopy(self).eval().requires_grad_(True)
             return clone, clone.forward_with_features(torch.zeros(shape))
 
     @torch.no_grad()

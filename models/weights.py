@@ -88,6 +88,9 @@ def load_student(spec: list[str], source: str, key: str | None, classes: Sequenc
     the same classes in any order; else the classifier keeps its random start, and that is said.
 
     In a dry run it is enough that published weights have an address."""
+    if len(classes) < 2:
+        raise UserError(f"the data has one class only ({shortened(classes)}), of which there is "
+                        "nothing to learn. Give each class a folder or label of its own.")
     model = _build(spec, "--student", len(classes), source)
     if model.num_classes != len(classes):
         raise UserError(f"--student {' '.join(spec)} gives {model.num_classes} logits, and the "

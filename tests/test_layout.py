@@ -116,10 +116,10 @@ def test_networks_of_timm_have_one_home():
 
 
 def test_homes_of_torchvision_models():
-    """predict.py takes the words for ImageNet's classes from there."""
+    """data/layouts.py takes the words for ImageNet's classes from there."""
     users = {path.as_posix() for path in PROGRAM
              if is_below_any(imported(tree_of(path)), "torchvision.models")}
-    assert users <= {"models/transformers.py", "models/efficient.py", "predict.py"}
+    assert users <= {"models/transformers.py", "models/efficient.py", "data/layouts.py"}
 
 
 def is_below_any(names: set[str], prefix: str) -> bool:

@@ -415,3 +415,12 @@ def test_too_many_to_keep():
     check_memory(2 ** 20)
     with pytest.raises(UserError, match=r"needs 1048576.0 GiB .* are left"):
         check_memory(2 ** 50)
+
+
+@pytest.mark.parametrize("name, text, telling", [
+    ("t.txt", "a.png 99999999999\n", "has the label '99999999999'; whole numbers are the labels"),
+    ("t.csv", '"' + "x" * 200_000, "is no readable list with commas")])
+def test_a_list_that_no_data_set_can_be_of(name, text, telling, tmp_path):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=telling):
+        data.create_dataset("list", "train", None, file=str(tmp_path / name), split=0.5)

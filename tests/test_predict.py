@@ -121,9 +121,9 @@ class Headless(predict.models.VisionModel):
 
 
 def test_numbers_where_no_names_are_known():
-    assert predict.class_words(None, 2) == ["class 0", "class 1"]
-    assert predict.class_words(None, 1000)[0] == "tench"
-    assert predict.class_words(["cat", "n02102040"], 2) == ["cat", "English springer"]
+    assert predict.class_names(None, 2) == ["class 0", "class 1"]
+    assert predict.class_names(None, 1000)[0] == "tench"
+    assert predict.class_names(["cat", "n02102040"], 2) == ["cat", "English springer"]
 
 
 def test_torch_hub_from_another_folder(place, tmp_path):

@@ -561,7 +561,7 @@ TEACHERS = {
     "ImageNet's by label": (None, 1000, [*map(str, range(1000))], list(range(1000)), "class k"),
     "by place": (None, 3, ["x", "y", "z"], [0, 1, 2], "do not name their classes"),
     "others": (WORDS, 3, ["ant", "bee", "dog"], None, "1 of the data's 3 are not among them: dog"),
-    "no synsets": (None, 1000, WORDS, None, "has 1000 classes and does not name them"),
+    "no synsets": (None, 1000, WORDS, None, "does not name them .* by folders of its wnids"),
     "a part of unnamed ones": (None, 4, WORDS, None, "has 4 classes and does not name them"),
 }
 
@@ -605,6 +605,8 @@ def test_a_student_takes_rows_by_name_or_starts_its_classifier_anew(tmp_path, ca
     del without["fc.weight"], without["fc.bias"]
     start(str(save(without, tmp_path)), None, WORDS)
     assert "weights.pth are none" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"one class only \(ant\)"):
+        start("random", None, ["ant"])
 
 
 @pytest.mark.parametrize("name", list_models())

@@ -46,7 +46,9 @@ def match(have: Sequence[str] | None, number: int, wanted: Sequence[str]) -> lis
     if number == len(wanted) and (have is None or (have == wnids and are_numbers(wanted))):
         return list(range(number))
     if have is None:
-        raise UserError(f"has {number} classes and does not name them, and the data has "
+        hint = " (ImageNet's would be known by folders of its wnids, n01440764)"
+        raise UserError(f"has {number} classes and does not name them"
+                        f"{hint if number == len(wnids) else ''}, and the data has "
                         f"{len(wanted)} ({shortened(wanted)})")
     label_of = {name: label for label, name in enumerate(have)}
     missing = [name for name in wanted if name not in label_of]

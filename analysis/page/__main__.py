@@ -15,7 +15,6 @@ from functools import lru_cache
 from pathlib import Path
 from string import Template
 
-import torchvision
 from PIL import Image, ImageOps
 
 import data
@@ -104,7 +103,7 @@ def main(args: argparse.Namespace) -> int:
              sections.report_section(all_runs, unreadable)]
     if found:
         found = predictions.on_common_images(found)
-        words = class_words(found[0].classes)
+        words = dict(zip(found[0].classes, data.class_words(found[0].classes)))
         find_image = image_finder(source)
         shown += [sections.accuracy_section(found, words, args.resamples, args.seed),
                   sections.confusion_section(found, words),
@@ -158,13 +157,6 @@ def fields_beside(runs: Sequence[Run]) -> Path | None:
     """The folder `erf` that analysis.erf wrote beside a run."""
     folders = [run.folder.resolve().parent / "erf" for run in runs]
     return next((folder for folder in folders if (folder / "erf.csv").is_file()), None)
-
-
-def class_words(classes: Sequence[str]) -> dict[str, str]:
-    """What to call each class: ImageNet's words for its wnids."""
-    categories = torchvision.models.get_model_weights("resnet50").DEFAULT.meta["categories"]
-    words = dict(zip(data.imagenet_wnids(), categories))
-    return {name: words.get(name, name) for name in classes}
 
 
 def image_finder(source: data.ImageSource | None) -> sections.FindImage:
