@@ -99,9 +99,10 @@ def accuracy(checkpoint: Path, weights_key: str | None, settings: dict[str, Any]
     key = "test_acc1_ema" if weights_key == "model_ema" else "test_acc1"
     if run is None:
         return "not known: args.yaml and log.txt of its run do not lie beside the checkpoint"
-    records = [record for record in run.records if record.get("epoch") == (epoch or 0) - 1]
-    if not records or records[0].get(key) is None or (step and step != (epoch or 0) * (
-            per_epoch or 0)):
+    if not all(type(number) is int for number in (epoch, step, per_epoch)):
+        return "not known: the checkpoint does not say how far its run had come"
+    records = [record for record in run.records if record.get("epoch") == epoch - 1]
+    if not records or records[0].get(key) is None or step != epoch * per_epoch:
         return "not known: log.txt has no evaluation of these weights"
     return (f"{records[0][key]:.2f} % on the validation images after epoch {epoch} of "
             f"{settings.get('epochs')} (n = 1 run, seed {settings.get('seed')}"

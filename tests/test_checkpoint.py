@@ -497,9 +497,11 @@ def test_a_recipe_may_name_the_home_folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name, value", [
     ("student", "resnet_nano"), ("student", []), ("num_classes", 10.0), ("num_classes", -1),
     ("input_size", True), ("crop_pct", "1"), ("lr", torch.zeros(2)), (3, 4), ("lr", {"a": 1}),
+    ("loss", ["ce"]), ("loss", [[3]]),
     pytest.param("lr", [10 ** 5000], id="huge")])
 def test_settings_of_other_types_are_refused_by_name(name, value):
-    settings = {"student": ["resnet_nano"], "num_classes": 10, "input_size": 32, "lr": 0.1}
+    settings = {"student": ["resnet_nano"], "num_classes": 10, "input_size": 32, "lr": 0.1,
+                "loss": [["kd", "weight=2"], ["ce"]]}
     checkpoint.check_settings(settings, Path("f.pth"))
     with pytest.raises(UserError, match=f"f.pth is damaged .* setting '?{name}'? is "):
         checkpoint.check_settings({**settings, name: value}, Path("f.pth"))

@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from analysis import export
+from analysis.card import accuracy, run_of
 from analysis.formats import FORMATS, Student, graph_of
 from models import create_model, list_models
 from models.base import MODELS
@@ -195,6 +196,15 @@ def test_the_command_and_the_lines_of_its_card(name, run, tmp_path, capsys):
     assert done.stdout.strip() and len(lines.strip().splitlines()) <= 5
     assert export.main(words) == 2 and "must be a file that does not exist yet" in (
         capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("counts", [
+    {"step": 14}, {"step": "14", "epoch": 2}, {"step": 15, "epoch": 2}])
+def test_a_card_knows_no_accuracy_of_a_file_that_does_not_say_where_it_stands(counts, run):
+    path = run / "checkpoint-best.pth"
+    assert accuracy(path, None, RUN, run_of(path)).startswith("21.00 %")
+    save_atomically({"model": {}, "args": RUN, **counts}, path)
+    assert accuracy(path, None, RUN, run_of(path)).startswith("not known")
 
 
 def test_weights_alone_are_a_checkpoint_for_everything_else(run, tmp_path):

@@ -265,6 +265,8 @@ def check_settings(settings: Any, path: Path) -> None:
     for name, value in settings.items():
         if name in ("student", "teacher", "data_set"):
             is_right = is_list_of_words(value)
+        elif name == "loss":
+            is_right = isinstance(value, list) and all(map(is_list_of_words, value))
         elif name in ("num_classes", "input_size"):
             is_right = type(value) is int and 0 < value < 2 ** 31
         elif name == "crop_pct":

@@ -3,6 +3,7 @@ same network under other names gives the same figures or is refused."""
 import argparse
 import pickle
 import random
+import warnings
 from collections import OrderedDict
 from functools import cache
 from pathlib import Path
@@ -123,7 +124,9 @@ def other(state: dict[str, Tensor], path: Path, rng: random.Random) -> str:
     if isinstance(content, bytes):
         path.write_bytes(content)
     elif kind == "script":
-        torch.jit.save(torch.jit.script(nn.Linear(2, 2)), path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that this form is deprecated
+            torch.jit.save(torch.jit.script(nn.Linear(2, 2)), path)
     elif kind == "folder":
         path.mkdir()
     elif kind == "npz":
