@@ -80,19 +80,19 @@ def test_total_is_the_weighted_sum_of_the_raw_terms():
 def test_teacher_sees_its_own_normalisation_and_size():
     class Probe(nn.Module):
         feature_info, num_classes, num_parameters = (), 10, 0
-        input_size, fixed_size = 16, True
+        input_size, fixed_size, input_filter = 16, True, "bicubic"
         input_mean, input_std = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
         def fold(self):
             return self
 
         def forward_with_features(self, images):
-            return images
+            return ModelOutput(images.mean((2, 3)), [images])
 
     pixels = torch.rand(2, 3, 1, 1).expand(2, 3, 32, 32)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     teacher = FrozenTeacher(Probe(), IMAGENET_MEAN, IMAGENET_STD)
-    seen = teacher.forward_with_features((pixels - mean) / std)
+    seen = teacher.forward_with_features((pixels - mean) / std).features[0]
     assert seen.shape == (2, 3, 16, 16)
     torch.testing.assert_close(seen, ((pixels - 0.5) / 0.5)[..., :16, :16], atol=1e-5, rtol=1e-5)
 

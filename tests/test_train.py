@@ -161,8 +161,8 @@ def test_the_log_has_the_teachers_accuracy(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("words, telling", [
-    (["--teacher", "slak_t", "--model-ema", "--sparsity", "0.4"], [
-        "not fetched in a dry run", "GiB of weights, gradients, optimizer state and average",
+    (["--teacher", "slak_t", "--teacher-weights", "random", "--model-ema", "--sparsity", "0.4"], [
+        "GiB of weights, gradients, optimizer state and average",
         "G MACs forward at 32 px, ", "% of a step", "sparsity: "]),
     (["--teacher", "none"], ["1 x ce", "10 updates per epoch, 20 in 2 epochs"])])
 def test_a_dry_run_shows_everything_and_writes_nothing(tmp_path, capsys, words, telling):
@@ -178,6 +178,9 @@ def test_a_dry_run_needs_weights_that_have_an_address(tmp_path, capsys):
     words = ["--teacher", "cswin_nano", "--student", "resnet_nano", "--dry-run"]
     assert train(tmp_path / "runs", *words) == 2
     assert "no published weights are known for 'cswin_nano'" in capsys.readouterr().err
+    words = ["--student", "resnet18", "--student-weights", "published", "--dry-run"]
+    assert train(tmp_path / "runs", *words) == 0
+    assert "not fetched in a dry run" in capsys.readouterr().out
 
 
 class Killed(BaseException):
