@@ -263,7 +263,7 @@ def test_help(capsys):
 
 
 @pytest.mark.parametrize("words, telling", [
-    ([], "got 'nothing'"), (["masks"], "Did you mean 'masking'"),
+    ([], "got 'nothing'"), (["mask"], "Did you mean 'masking'"),
     (["masking", "--repeats", "0"], "--repeats must be at least 1"),
     (["masking", "--model", "vit_nano", "--input-size", "32"], "takes 224 px only"),
     (["masking", "--batch-size", "1"], "--batch-size must be at least 2"),

@@ -656,7 +656,7 @@ def test_unknown_loss_names_the_nearest():
     with pytest.raises(UnknownName) as caught:
         make_loss("nkdd")
     message = str(caught.value)
-    assert message.startswith("unknown loss 'nkdd'. Known: ce, ")
+    assert message.startswith("unknown loss 'nkdd'. Known: bce, ce, ")
     assert "Did you mean 'nkd'?" in message and "losses/__init__.py" in message
 
 

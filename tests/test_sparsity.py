@@ -550,7 +550,7 @@ def test_resuming_otherwise_is_refused_with_the_reason(sparse_run, tmp_path, cap
                       "--resume", str(file))
     assert "growth: random there, gradient here" in message
     for content, telling in ((None, "holds no masks"),
-                             ({"masks": {}, "num_masked": 1}, "its masks"),
+                             ({"masks": {}, "num_masked": 1}, "sparsity lacks"),
                              ([1], "does not hold the state"), ({"masks": 3}, "does not hold")):
         saved = {**load_file(file), "sparsity": content}
         (tmp_path / "other").mkdir(exist_ok=True)

@@ -352,7 +352,7 @@ def keep(*args, **kwargs):
     states.append(build_state(*args, **kwargs))
     return states[0]
 
-def compare(content, folder, names, keep):
+def compare(content, folder, names, keep, is_whole):
     sparsity = states[0].sparsity
     for name, mask in sparsity.masks.items():
         everywhere = gather_objects((mask, sparsity.weights[name].detach()))
@@ -360,7 +360,7 @@ def compare(content, folder, names, keep):
         assert all(not (w[~m] != 0).any() for m, w in everywhere), name
     if names == ["checkpoint-last.pth"]:
         print(f"compared {len(sparsity.masks)} after {sparsity.num_changes} changes", flush=True)
-    save(content, folder, names, keep)
+    save(content, folder, names, keep, is_whole)
 
 engine.build_state, checkpoint.save = keep, compare
 sys.exit(train_kd.main())

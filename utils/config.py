@@ -211,9 +211,9 @@ def _number(like: int | float, is_allowed: Callable[[float], bool], words: str
         except ValueError:
             raise argparse.ArgumentTypeError(f"must be {noun} {words}, got {short(text)}") from None
         if kind is float and not math.isfinite(value):
-            raise argparse.ArgumentTypeError(f"must be a finite number, got {short(text)}")
+            raise argparse.ArgumentTypeError(f"must be a finite number, got {short(value)}")
         if not is_allowed(value):
-            raise argparse.ArgumentTypeError(f"must be {words}, got {short(text)}")
+            raise argparse.ArgumentTypeError(f"must be {words}, got {short(value)}")
         return value
 
     return convert
