@@ -57,6 +57,10 @@ def counterpart(library: str, spec: list[str], model: VisionModel, input_size: i
         raise UserError(f"{library} has no counterpart of {' '.join(spec)}; it has those of "
                         f"{', '.join(NAMES[library])}. Other networks can be written as weights, "
                         "safetensors, torch-export or onnx.")
+    if library == "timm" and name == "mobilenetv3_l" and model.bn_eps != 1e-5:
+        raise UserError(f"timm's {NAMES[library][name]} has BatchNorms with an eps of 1e-5, this "
+                        f"network of {model.bn_eps:g}: another function. Write it for torchvision, "
+                        "or as weights, safetensors, torch-export or onnx.")
     if name.startswith("convnext_") and "bn" in name:
         model = original_convnext(model)
     there, options = NAMES[library][name], {}
@@ -87,7 +91,7 @@ def options_of(name: str, model: VisionModel, input_size: int) -> dict[str, Any]
                 "embed_dim": model.feature_info[0].channels,
                 "depths": [len(stage) for stage in stages],
                 "num_heads": [stage[0].attn.num_heads for stage in stages]}
-    return {"bn_eps": model.bn_eps} if name == "mobilenetv3_l" else {}
+    return {}
 
 
 def original_convnext(model: VisionModel) -> VisionModel:
