@@ -23,7 +23,7 @@ import data
 import engine
 import models
 from models.large_kernel.operator import ACCEPTED, describe_choice, set_backend
-from models.weights import Trained, load_named, load_trained
+from models.weights import Trained, check_source, load_named, load_trained
 from utils import distributed, faults
 from utils.config import Parser, at_least, program
 from utils.files import write_atomically
@@ -148,13 +148,8 @@ def main(args: argparse.Namespace) -> int:
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    if (args.checkpoint is None) == (args.model is None):
-        raise UserError("give either --checkpoint FILE, or --model NAME with --weights SOURCE.")
-    if args.model and not args.weights:
-        raise UserError("--model needs --weights: a path, a URL, or the word published.")
-    if args.checkpoint and (args.weights or "num_classes" in args.given):
-        raise UserError("--checkpoint knows its weights and classes; leave out --weights and "
-                        "--num-classes, or use --model NAME --weights FILE.")
+    check_source(args.checkpoint, args.model, args.weights,
+                 names_classes="num_classes" in args.given)
     if args.predictions and (args.predictions.suffix != ".npz" or args.predictions.is_dir()
                              or not args.predictions.absolute().parent.is_dir()):
         raise UserError(f"--predictions {args.predictions} must be a file name ending in .npz in a "

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 import data
 import models
 from data.folders import images_below
-from models.weights import Trained, load_named, load_trained
+from models.weights import Trained, check_source, load_named, load_trained
 from utils import distributed
 from utils.config import Parser, at_least, program
 from utils.files import write_atomically, write_text_atomically
@@ -98,13 +98,8 @@ def main(args: argparse.Namespace) -> int:
 def check_flags(args: argparse.Namespace) -> None:
     if distributed.world_size() > 1:
         raise UserError("predict.py runs in one process; start it with python.")
-    if (args.checkpoint is None) == (args.model is None):
-        raise UserError("give either --checkpoint FILE, or --model NAME with --weights SOURCE.")
-    if args.model and not args.weights:
-        raise UserError("--model needs --weights: a path, a URL, or the word published.")
-    if args.checkpoint and (args.weights or "num_classes" in args.given):
-        raise UserError("--checkpoint knows its weights and classes; leave out --weights and "
-                        "--num-classes, or use --model NAME --weights FILE.")
+    check_source(args.checkpoint, args.model, args.weights,
+                 names_classes="num_classes" in args.given)
     for flag, path, ending in (("--csv", args.csv, ".csv"), ("--show", args.show, ".png")):
         if path and (path.suffix != ending or path.is_dir()
                      or not path.absolute().parent.is_dir()):

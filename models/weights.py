@@ -56,6 +56,19 @@ class Trained(NamedTuple):
         return {"input_size": size, "resize": resize, "interpolation": self.model.input_filter}
 
 
+def check_source(checkpoint: Path | None, model: list[str] | None, weights: str | None, *,
+                 names_classes: bool) -> None:
+    """Raises UserError unless a command line names one network: --checkpoint, which knows its
+    classes, or --model with --weights."""
+    if (checkpoint is None) == (model is None):
+        raise UserError("give either --checkpoint FILE, or --model NAME with --weights SOURCE.")
+    if model and not weights:
+        raise UserError("--model needs --weights: a path, a URL, or the word published.")
+    if checkpoint and (weights or names_classes):
+        raise UserError("--checkpoint knows its weights and classes; leave out --weights and "
+                        "--num-classes, or use --model NAME --weights FILE.")
+
+
 def load_trained(path: Path, key: str | None = None) -> Trained:
     """The network with its weights, and what the file says of them. `key`: see `read_weights`."""
     content = load_file(path)
