@@ -16,7 +16,7 @@ from utils.distributed import rank, sum_over_ranks, world_size
 from utils.log import Meter, peak_memory_gib, print_once, progress
 from utils.optim import ModelEma, optimizer_form, restore_optimizer, set_hyperparameters
 from utils.registry import NonFiniteLoss, UserError
-from utils.rng import fold_seed
+from utils.rng import Position, fold_seed, position_of
 
 SMALLEST_SCALE = 2.0 ** -14  # of the loss; it starts at 2 ** 16 and halves at every overflow
 NO_LOSS_TERMS = {"grad_norm", "teacher_acc1", "teacher_entropy", "agreement"}
@@ -32,6 +32,13 @@ class Masks(Protocol):
     def metrics(self) -> dict[str, float]: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Teacher(Protocol):
+    """What the step asks of a teacher: models.distiller.FrozenTeacher, or its kept logits."""
+
+    def teach(self, images: Tensor, position: Position) -> Any:
+        """Logits and feature maps of a micro-batch, given what the student sees of it."""
 
 
 @dataclass
@@ -151,6 +158,8 @@ class StepOptions(NamedTuple):
     clip_grad: float | None  # largest L2 norm of the gradient; None: as it is
     seed: int
     batch_transform: Callable[[Any], Tensor] | None = None  # loader's images -> floats, on device
+    steps_per_epoch: int = 1
+    epochs_kept: int = 0  # epochs whose images and mixing come back in turn; 0: none does
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=self.amp_dtype or torch.bfloat16,
@@ -162,15 +171,19 @@ class StepOptions(NamedTuple):
             images = self.batch_transform(images)
         return images, labels.to(self.device, non_blocking=True)
 
+    def position(self, step: int, micro: int) -> Position:
+        return position_of(step, micro, rank(), steps_per_epoch=self.steps_per_epoch,
+                        accum_steps=self.accum_steps, epochs_kept=self.epochs_kept)
 
-def train_one_epoch(state: TrainState, loader: Any, teacher: nn.Module | None, mix: Callable,
+
+def train_one_epoch(state: TrainState, loader: Any, teacher: Teacher | None, mix: Callable,
                     schedule: Callable[[int], dict[str, float]], *, options: StepOptions,
-                    steps_per_epoch: int, print_every: int,
+                    print_every: int,
                     after_update: Callable[[TrainState], bool],
                     on_print: Callable[[dict[str, float], int], None]) -> dict[str, float] | None:
     """Train epoch `state.epoch` from wherever `state.step` stands in it, to its end.
 
-    `mix(images, labels, seed)` -> (images, targets). `schedule(step)` -> lr and weight_decay.
+    `mix(images, labels, position)` -> (images, targets). `schedule(step)` -> lr and weight_decay.
     `on_print(values, step)` is given, every `print_every` updates, what is shown: the means since
     the epoch's start and the rates. `after_update(state)` returns True to stop early; the epoch
     then returns None, else the epoch's means: raw loss terms, `loss` (their weighted sum),
@@ -178,10 +191,12 @@ def train_one_epoch(state: TrainState, loader: Any, teacher: nn.Module | None, m
     Raises NonFiniteLoss at the next print interval after a term became NaN or infinite.
     """
     state.wrapped.train()
+    steps_per_epoch = options.steps_per_epoch
     done = state.step - state.epoch * steps_per_epoch
     if done == 0:
         state.meter = Meter()
-    batches = iter(loader.start_at(state.epoch, done * options.accum_steps))
+    images_of = options.position(state.epoch * steps_per_epoch, 0).epoch
+    batches = iter(loader.start_at(images_of, done * options.accum_steps))
     start, num_images = time.perf_counter(), 0
     with progress(f"epoch {state.epoch}", steps_per_epoch, initial=done, unit="step") as bar:
         for _ in range(done, steps_per_epoch):
@@ -206,7 +221,7 @@ def train_one_epoch(state: TrainState, loader: Any, teacher: nn.Module | None, m
     return {**means, "images_per_second": speed}
 
 
-def accumulate_gradients(state: TrainState, batches: Iterator, teacher: nn.Module | None,
+def accumulate_gradients(state: TrainState, batches: Iterator, teacher: Teacher | None,
                          mix: Callable, options: StepOptions) -> int:
     """Forward and backward of the micro-batches of one update; the number of images seen here."""
     num_images = 0
@@ -214,16 +229,16 @@ def accumulate_gradients(state: TrainState, batches: Iterator, teacher: nn.Modul
         batch = next(batches)
         num_images += len(batch.images)
         images, labels = options.to_device(batch.images, batch.labels)  # (N, 3, H, W), (N,)
-        counters = (state.step, micro, rank())
-        images, targets = mix(images, labels, fold_seed(options.seed, "mixup", *counters))
-        torch.manual_seed(fold_seed(options.seed, "drop path", *counters))
+        position = options.position(state.step, micro)
+        images, targets = mix(images, labels, position)
+        torch.manual_seed(fold_seed(options.seed, "drop path", state.step, micro, rank()))
         is_last = micro + 1 == options.accum_steps
         is_ddp = isinstance(state.wrapped, DistributedDataParallel)
         with nullcontext() if is_last or not is_ddp else state.wrapped.no_sync():
             with options.autocast():
                 teacher_output = None
                 if teacher is not None:
-                    teacher_output = teacher.forward_with_features(images)
+                    teacher_output = teacher.teach(images, position)
                 total, terms, student_logits = state.wrapped(images, targets, teacher_output)
             state.scaler.scale(total / options.accum_steps).backward()
         state.meter.add({**terms, "loss": total}, state.step)

@@ -179,14 +179,7 @@ def main(args: argparse.Namespace) -> int:
     # Teacher. It never trains: no gradient, no DDP, no optimizer, no checkpoint.
     teacher = None
     if args.teacher != ["none"]:
-        torch.manual_seed(fold_seed(args.seed, "teacher"))
-        teacher = load_teacher(
-            args.teacher, args.teacher_weights, args.teacher_weights_key, train_set.classes,
-            needs_logits=losses.need_teacher_logits(args.loss), dry_run=args.dry_run)
-        if not args.dry_run:  # which may not fetch them
-            settings[checkpoint.TEACHER] = checksum(teacher.state_dict())
-        teacher = FrozenTeacher(teacher, student.input_mean, student.input_std,
-                                dtype=frozen_dtype(amp_dtype, device)).to(device)
+        teacher, settings[checkpoint.TEACHER] = build_teacher(args, student, train_set, device)
     set_backend(args.large_kernel, student, teacher)
 
     # Losses and distiller: everything with a gradient in one module. Two blank images go through
@@ -239,9 +232,8 @@ def main(args: argparse.Namespace) -> int:
             teacher_acc1, reference = engine.evaluate_teacher(teacher, val_loader, options)
         while state.epoch < args.epochs and not stop.agreed():
             means = engine.train_one_epoch(
-                state, train_loader, teacher, mix, schedule, options=options,
-                steps_per_epoch=args.steps_per_epoch, print_every=args.print_every,
-                after_update=after_update, on_print=log.point)
+                state, train_loader, teacher, mix.at, schedule, options=options,
+                print_every=args.print_every, after_update=after_update, on_print=log.point)
             if means is None:  # asked to stop within the epoch
                 break
             for network in state.networks().values():
@@ -334,12 +326,28 @@ def resolve(args: argparse.Namespace, device: torch.device, *, train_size: int,
     return args
 
 
+def build_teacher(args: argparse.Namespace, student: models.VisionModel,
+                  train_set: data.ImageSource, device: torch.device
+                  ) -> tuple[FrozenTeacher, str | None]:
+    """The teacher of this student, and the checksum of its weights, which a dry run may not fetch.
+    """
+    torch.manual_seed(fold_seed(args.seed, "teacher"))
+    model = load_teacher(
+        args.teacher, args.teacher_weights, args.teacher_weights_key, train_set.classes,
+        needs_logits=losses.need_teacher_logits(args.loss), dry_run=args.dry_run)
+    weights = None if args.dry_run else checksum(model.state_dict())
+    dtype = frozen_dtype(engine.AMP_DTYPES[args.amp], device)
+    return FrozenTeacher(model, student.input_mean, student.input_std, dtype=dtype).to(device), \
+        weights
+
+
 def build_options(args: argparse.Namespace, student: models.VisionModel,
                   device: torch.device) -> engine.StepOptions:
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
     return engine.StepOptions(
         device=device, amp_dtype=engine.AMP_DTYPES[args.amp], accum_steps=args.accum_steps,
         memory_format=layout, clip_grad=args.clip_grad, seed=args.seed,
+        steps_per_epoch=args.steps_per_epoch,
         batch_transform=data.BatchTransform(student.input_mean, student.input_std, device))
 
 
@@ -362,7 +370,7 @@ def build_loaders(args: argparse.Namespace, train_set: data.ImageSource,
                            **common)
     return train, val, data.Mixup(
         args.num_classes, mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, prob=args.mixup_prob,
-        switch_prob=args.mixup_switch_prob, smoothing=args.smoothing)
+        switch_prob=args.mixup_switch_prob, smoothing=args.smoothing, seed=args.seed)
 
 
 def check_step(distiller: Distiller, teacher: FrozenTeacher | None, mix: data.Mixup,
@@ -405,7 +413,7 @@ def wrap(args: argparse.Namespace, distiller: Distiller, teacher: FrozenTeacher 
 def print_run(args: argparse.Namespace, state: engine.TrainState, teacher: FrozenTeacher | None,
               device: torch.device, folder: Path, num_val: int) -> None:
     """What will run: networks, loss, and the arithmetic of batch, rate and steps."""
-    student, weights = state.distiller.student, state.distiller.weights
+    student = state.distiller.student
     dtype = engine.AMP_DTYPES[args.amp] or torch.float32
     for role, spec, source, model in (("teacher", args.teacher, args.teacher_weights, teacher),
                                       ("student", args.student, args.student_weights, student)):
@@ -418,22 +426,12 @@ def print_run(args: argparse.Namespace, state: engine.TrainState, teacher: Froze
     if args.dry_run:
         print_once(describe_cost(student, teacher, args.input_size, keeps_average=args.model_ema,
                                  num_moments=1 if args.opt == "sgd" else 2))
-    terms = [f"{weights[spec[0]]:g} x " + " ".join(word for word in spec
-                                                   if not word.startswith("weight="))
-             for spec in args.loss]
-    print_once(f"loss: {' + '.join(terms)}")
-    print_once(f"effective batch {args.effective_batch} = {args.world_size} process(es) x "
-               f"{args.batch_size} images x {args.accum_steps} accumulated")
-    print_once(f"{args.train_size:,} images // {args.effective_batch} = {args.steps_per_epoch} "
-               f"updates per epoch, {args.epochs * args.steps_per_epoch:,} in {args.epochs} epochs;"
-               f" {num_val:,} images to evaluate on")
-    for sentence in optim.describe_shrunk(vars(args), args.defaults, args.chosen):
+    print_once(f"loss: {losses.describe_losses(args.loss, state.distiller.weights)}")
+    for sentence in optim.describe_schedule(vars(args), args.defaults, args.chosen):
         print_once(sentence)
-    compiled = "all" if args.compile else "nothing"
-    if args.compile_teacher and not args.compile:
-        compiled = "teacher"
-    print_once(f"learning rate 0 -> {args.lr:g} in {args.warmup_steps:,} updates, then cosine to "
-               f"{args.min_lr:g}; {device}, precision {args.amp}, compiled: {compiled}")
+    compiled = "all" if args.compile else "teacher" if args.compile_teacher else "nothing"
+    print_once(f"{num_val:,} images to evaluate on; {device}, precision {args.amp}, compiled: "
+               f"{compiled}")
     if state.sparsity is not None:
         print_once(f"sparsity: {state.sparsity.describe()}")
     continued = f", continued at epoch {state.epoch}, update {state.step:,}" if state.step else ""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from utils.registry import UserError
+from utils.rng import Position, fold_seed
 
 
 class Box(NamedTuple):
@@ -28,7 +29,8 @@ class Mixup:
     """
 
     def __init__(self, num_classes: int, *, mixup_alpha: float = 0.8, cutmix_alpha: float = 1.0,
-                 prob: float = 1.0, switch_prob: float = 0.5, smoothing: float = 0.1) -> None:
+                 prob: float = 1.0, switch_prob: float = 0.5, smoothing: float = 0.1,
+                 seed: int = 0) -> None:
         if num_classes < 1 or int(num_classes) != num_classes:
             raise UserError(f"num_classes is {num_classes}; it must be a whole number, 1 or more.")
         for name, alpha in (("mixup_alpha", mixup_alpha), ("cutmix_alpha", cutmix_alpha)):
@@ -41,7 +43,7 @@ class Mixup:
             raise UserError(f"label smoothing is {smoothing}; it must lie in [0, 1).")
         self.num_classes, self.smoothing = int(num_classes), smoothing
         self.mixup_alpha, self.cutmix_alpha = mixup_alpha, cutmix_alpha
-        self.prob, self.switch_prob = prob, switch_prob
+        self.prob, self.switch_prob, self.seed = prob, switch_prob, seed
 
     @property
     def mixes(self) -> bool:
@@ -52,6 +54,11 @@ class Mixup:
         if self.mixes and batch_size % 2:
             raise UserError("mixup and cutmix pair the images of a batch, so --batch-size must be "
                             f"even; got {batch_size}. Or switch both off (--mixup 0 --cutmix 0).")
+
+    def at(self, images: Tensor, labels: Tensor, position: Position) -> tuple[Tensor, Tensor]:
+        """The batch mixed as the run's seed and its place in the run decide."""
+        return self(images, labels, fold_seed(self.seed, "mixup", position.step, position.micro,
+                                              position.rank))
 
     def __call__(self, images: Tensor, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         """(N, 3, H, W), (N,) int64 -> images (N, 3, H, W), targets (N, num_classes) float32.

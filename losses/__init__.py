@@ -5,7 +5,8 @@ from losses import bce, ce, dist, dkd, fd, kd, mgd, nkd  # noqa: F401  (importin
 from losses.base import LOSSES, Loss, Stages
 from utils.registry import UserError, parse_spec
 
-__all__ = ["Loss", "create_loss", "create_losses", "list_losses", "need_teacher_logits"]
+__all__ = ["Loss", "create_loss", "create_losses", "describe_losses", "list_losses",
+           "need_teacher_logits"]
 
 
 def list_losses() -> list[str]:
@@ -54,3 +55,9 @@ def create_losses(specs: list[list[str]], student_info: Stages, teacher_info: St
         raise UserError(f"the teacher is not used by --loss {' '.join(losses)}. Add a loss that "
                         "compares with it, or set --teacher none.")
     return losses, weights
+
+
+def describe_losses(specs: list[list[str]], weights: dict[str, float]) -> str:
+    """'1 x ce + 0.5 x fd features=-1'"""
+    return " + ".join(" ".join([f"{weights[spec[0]]:g} x", *(
+        word for word in spec if not word.startswith("weight="))]) for spec in specs)

@@ -15,6 +15,7 @@ from models.distiller import Distiller, FrozenTeacher
 from models.slak import SLaK
 from utils import optim
 from utils.optim import ModelEma
+from utils.rng import Position
 
 FIXTURES = Path(__file__).parent / "fixtures"
 MICRO = dict(num_classes=10, depths=(1, 1, 2, 1), dims=(8, 16, 24, 32), layer_scale_init=0.5)
@@ -79,7 +80,7 @@ def make_state(student: nn.Module, loss_specs: dict[str, dict], teacher: FrozenT
                               ema=ModelEma(student, 0.9) if ema else None)
 
 
-def no_mix(images: torch.Tensor, labels: torch.Tensor, seed: int) -> tuple:
+def no_mix(images: torch.Tensor, labels: torch.Tensor, position: Position) -> tuple:
     return images, labels
 
 

@@ -63,8 +63,9 @@ class Killed(BaseException):
     """Nothing of the program runs after it."""
 
 
-def train_quickly(state, *args, steps_per_epoch: int, **kwargs) -> dict[str, float]:
+def train_quickly(state, *args, options: engine.StepOptions, **kwargs) -> dict[str, float]:
     """In place of an epoch: updates that are a function of the step."""
+    steps_per_epoch = options.steps_per_epoch
     if state.step == state.epoch * steps_per_epoch:
         state.meter = Meter()
     while state.step < (state.epoch + 1) * steps_per_epoch:

@@ -17,6 +17,7 @@ from tests.helpers import (
     micro_slak,
     read_json,
 )
+from utils.rng import Position
 
 LOSSES = {"nkd": {}, "kd": {"temperature": 1.0, "alpha": 0.1}, "ce": {}}
 
@@ -31,10 +32,10 @@ def reference_batches(num_steps: int = 8) -> list[Batch]:
     return batches
 
 
-def mix_targets(images: torch.Tensor, labels: torch.Tensor, seed: int) -> tuple:
+def mix_targets(images: torch.Tensor, labels: torch.Tensor, position: Position) -> tuple:
     """0.7 / 0.3 mix of the labels and the flipped labels, smoothed by 0.1; images as they are."""
     smooth = Mixup(10, mixup_alpha=0, cutmix_alpha=0, smoothing=0.1)
-    _, targets = smooth(images, labels, seed)
+    _, targets = smooth(images, labels, seed=0)
     return images, 0.7 * targets + 0.3 * targets.flip(0)
 
 

@@ -313,7 +313,7 @@ def _check_teacher(path: Path, there: dict[str, Any], here: dict[str, Any]) -> N
     """Raises UserError where the file's run had a teacher of other weights. Where they lie is free.
     Files of older versions do not say what they are: then the same place, or a file of the same
     bytes, is the same teacher; and where the file is gone, a sentence says what is assumed."""
-    if TEACHER not in here:  # there is no teacher, or a dry run did not load it
+    if here.get(TEACHER) is None:  # there is no teacher, or a dry run did not load it
         return
     old, new = (str(settings["teacher_weights"]) for settings in (there, here))
     places = f"(teacher_weights: {old} there, {new} here)"

@@ -70,11 +70,19 @@ def warmup_updates(warmup_epochs: float, steps_per_epoch: int, epochs: int, *,
     return number if is_fixed or number < total else total // 10
 
 
-def describe_shrunk(values: Mapping[str, Any], defaults: Mapping[str, Any],
-                    chosen: Sequence[str]) -> list[str]:
-    """A sentence for each default that shrank to the data: of flags by name their `values` in this
-    run, their defaults, and which the user chose."""
-    sentences = []
+def describe_schedule(values: Mapping[str, Any], defaults: Mapping[str, Any],
+                      chosen: Sequence[str]) -> list[str]:
+    """The arithmetic of batch, updates and rate in sentences, and one for each default that shrank
+    to the data: of flags by name their `values` in this run, their defaults, and which the user
+    chose."""
+    steps, epochs = values["steps_per_epoch"], values["epochs"]
+    sentences = [
+        f"effective batch {values['effective_batch']} = {values['world_size']} process(es) x "
+        f"{values['batch_size']} images x {values['accum_steps']} accumulated",
+        f"{values['train_size']:,} images // {values['effective_batch']} = {steps} updates per "
+        f"epoch, {epochs * steps:,} in {epochs} epochs",
+        f"learning rate 0 -> {values['lr']:g} in {values['warmup_steps']:,} updates, then cosine "
+        f"to {values['min_lr']:g}"]
     default, effective = defaults["effective_batch"], values["effective_batch"]
     if effective < default and not {"effective_batch", "accum_steps"} & {*chosen}:
         lr = "" if "lr" in chosen else f"; --lr {values['lr']:g} was chosen for {default}"

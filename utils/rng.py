@@ -1,9 +1,31 @@
 """Randomness as a function of counters: nothing of a generator's state need ever be saved."""
 import hashlib
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
+
+
+class Position(NamedTuple):
+    """Where a process's micro-batch stands in a run's order of images: what decides which images
+    it has, how they are mixed, and so what a teacher says of them."""
+
+    epoch: int  # whose order of images and augmentation it has
+    batch: int  # micro-batch of this epoch, from 0
+    step: int  # update
+    micro: int  # micro-batch of this update
+    rank: int
+
+
+def position_of(step: int, micro: int, rank: int, *, steps_per_epoch: int, accum_steps: int,
+             epochs_kept: int = 0) -> Position:
+    """That of micro-batch `micro` of update `step`. Of `epochs_kept` epochs the images come back in
+    turn: epoch e has those of epoch e modulo `epochs_kept`; 0: each epoch has its own."""
+    step %= epochs_kept * steps_per_epoch or sys.maxsize
+    epoch, done = divmod(step, steps_per_epoch)
+    return Position(epoch, done * accum_steps + micro, step, micro, rank)
 
 
 def fold_seed(seed: int, purpose: str, *counters: int) -> int:

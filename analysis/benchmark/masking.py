@@ -30,7 +30,7 @@ def time_masking(model: models.VisionModel, options: engine.StepOptions, *, batc
     state = common.random_state(model, None, [["ce"]], options, keeps_average=True)
     masks = SparseMask(model, state.optimizer, total_steps=10 ** 9, growth=growth, prune_every=2)
     masks.start("uniform", 1 - sparsity, first_batch=lambda: None)
-    no_mix = data.Mixup(model.num_classes, mixup_alpha=0, cutmix_alpha=0, smoothing=0)
+    no_mix = data.Mixup(model.num_classes, mixup_alpha=0, cutmix_alpha=0, smoothing=0).at
     batches = common.random_batches(batch_size, input_size, model.num_classes, options.device)
 
     def gradients() -> None:

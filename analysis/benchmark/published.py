@@ -15,6 +15,7 @@ from models.base import ModelOutput, VisionModel
 from models.distiller import Distiller
 from models.layers import GELU, LayerNorm2d, PointwiseLinear
 from models.slak import LargeKernel, SLaK
+from utils.rng import Position
 
 
 class ChannelsFirstLayerNorm(nn.LayerNorm):
@@ -49,6 +50,16 @@ def arranged(model: VisionModel) -> VisionModel:
             # Only the methods change: weights, their names and their order stay.
             module.__class__ = PUBLISHED_CLASSES.get(type(module), type(module))
     return result.to(memory_format=torch.contiguous_format)
+
+
+class KeptTeacher:
+    """A network as the step asks a teacher, neither frozen nor folded."""
+
+    def __init__(self, model: VisionModel) -> None:
+        self.model = model
+
+    def teach(self, images: Tensor, position: Position) -> ModelOutput:
+        return self.model.forward_with_features(images)
 
 
 def through_teacher(distiller: Distiller) -> Callable:

@@ -23,7 +23,7 @@ import data
 import engine
 import models
 from analysis.benchmark import common
-from analysis.benchmark.published import arranged, through_teacher
+from analysis.benchmark.published import KeptTeacher, arranged, through_teacher
 from data.batch import Batch
 from models.base import ModelOutput, model_from_spec
 from models.distiller import FrozenTeacher, frozen_dtype
@@ -93,7 +93,7 @@ def build_steps(student: models.VisionModel, teacher: models.VisionModel | None,
                 options: engine.StepOptions, *, has_published: bool, backend: str,
                 compiled: str, timm_name: str | None) -> dict[str, Step]:
     """The steps to compare; ours folds `teacher` and lets `backend` compute its large kernels."""
-    mix = data.Mixup(student.num_classes)
+    mix = data.Mixup(student.num_classes).at
     steps, kept, frozen = {}, None, None
     if has_published:
         if teacher is not None:
@@ -102,7 +102,7 @@ def build_steps(student: models.VisionModel, teacher: models.VisionModel | None,
         state = common.random_state(arranged(student), kept, loss_specs, theirs)
         if kept is not None:
             state.wrapped = through_teacher(state.distiller)
-        steps["published"] = Step(state, batches, kept, mix, theirs)
+        steps["published"] = Step(state, batches, kept and KeptTeacher(kept), mix, theirs)
     if teacher is not None:
         frozen = FrozenTeacher(teacher, student.input_mean, student.input_std,
                                dtype=frozen_dtype(options.amp_dtype, options.device))
@@ -136,8 +136,7 @@ def lapped(step: Step, watch: common.Stopwatch) -> Callable[[], None]:
     state = dataclasses.replace(step.state, wrapped=after("student forward", step.state.distiller))
     teacher = step.teacher
     if teacher is not None:
-        teacher = SimpleNamespace(forward_with_features=after(
-            "teacher forward", step.teacher.forward_with_features))
+        teacher = SimpleNamespace(teach=after("teacher forward", step.teacher.teach))
     handed = (state, batches(), teacher, after("data", step.mix), step.options)
 
     def run() -> None:
@@ -154,7 +153,7 @@ def metrics_action(step: Step) -> Callable[[], None]:
     """What every step of distillation logs about its teacher, METRICS_AT_A_TIME times."""
     batch = next(step.batches)
     images, labels = step.options.to_device(batch.images, batch.labels)
-    _, targets = step.mix(images, labels, 0)
+    _, targets = step.mix(images, labels, step.options.position(0, 0))
     logits, meter = torch.randn(2, *targets.shape, device=targets.device), Meter()
 
     def run() -> None:
