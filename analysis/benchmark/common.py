@@ -28,6 +28,7 @@ from utils.registry import UserError
 
 COPY_BYTES = {"cpu": 2 ** 28, "cuda": 2 ** 30}  # far beyond a cache
 MATRIX_EDGE = {"cpu": 2048, "cuda": 8192}
+HOST_CALLS = 20
 SHORTEST = 0.02  # seconds: below that the clock and a kernel's launch are seen
 Seconds = dict[str, list[float]]
 Row = dict[str, Any]
@@ -36,6 +37,7 @@ Column = tuple[str, str, str]  # header, key of a row, format; a column of text 
 # What `rates` gives.
 RATE_COLUMNS = [("G MACs/s", "gmacs_per_second", ".1f"),
                 ("of matrix rate", "matrix_share", ".1%")]
+SHARE_COLUMNS = [("host", "host_ms", ".3f"), ("in a graph", "graph_ms", ".3f")]  # of gpu_shares
 
 
 def new_parser(what: str, doc: str, *, batch_size: int, smallest_batch: int = 1, repeats: int = 7,
@@ -112,6 +114,30 @@ def time_of(action: Callable[[], Any], times: int, device: torch.device) -> floa
         action()
     wait_for(device)
     return (time.perf_counter() - start) / times
+
+
+def gpu_shares(action: Callable[[], Any], device: torch.device) -> dict[str, float | None]:
+    """Milliseconds of one call of what the host does to hand it over, "host_ms", and of what the
+    device does for it, replayed from a CUDA graph without the host, "graph_ms": None where it
+    cannot be captured. A call takes at least the longer of both. Nothing on a CPU."""
+    if device.type != "cuda":
+        return {}
+    seconds = []
+    for _ in range(HOST_CALLS):
+        wait_for(device)
+        start = time.perf_counter()
+        action()
+        seconds.append(time.perf_counter() - start)
+    shares = {"host_ms": 1000 * median(seconds), "graph_ms": None}
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            action()
+    except RuntimeError:  # it waits for the device, which a graph cannot hold
+        wait_for(device)
+        return shares
+    times = math.ceil(SHORTEST / time_of(graph.replay, 2, device))
+    return {**shares, "graph_ms": 1000 * time_of(graph.replay, times, device)}
 
 
 def wait_for(device: torch.device) -> None:

@@ -163,7 +163,9 @@ def measure(shapes: Mapping[Shape, int], names: Sequence[str], *, batch_size: in
                                         shape.height * shape.width <= dense.LARGEST_MAP),
                 "error": largest_error(found, expected), "forward_macs": shape.macs(batch_size),
                 "backward_macs": (2 if only_sum else 3) * shape.macs(batch_size),
-                "bytes": 2 * batch_size * math.prod(shape[:3]) * dtype.itemsize})
+                "bytes": 2 * batch_size * math.prod(shape[:3]) * dtype.itemsize,
+                **{f"{kind}_{key}": value for kind in PASSES
+                   for key, value in common.gpu_shares(work[kind], device).items()}})
             actions |= {f"stage {stage}, {name}, {kind}": work[kind] for kind in PASSES}
     seconds = common.time_interleaved(actions, repeats, device, shortest=common.SHORTEST)
     for row in rows:
@@ -188,8 +190,9 @@ def totals(rows: Sequence[common.Row], names: Sequence[str]) -> list[common.Row]
         groups["auto"] = chosen
     result = []
     for name, group in groups.items():
+        keys = [key for key in group[0] if key.endswith(("_ms", "_macs"))] + ["bytes"]
         sums = {key: sum(row["blocks"] * row[key] for row in group)
-                for key in ("forward_ms", "backward_ms", "forward_macs", "backward_macs", "bytes")}
+                if None not in [row[key] for row in group] else None for key in keys}
         result.append({
             "stage": "all", "shape": "all blocks", "backend": name, **sums,
             "blocks": sum(row["blocks"] for row in group), "auto": all(r["auto"] for r in group),
@@ -209,9 +212,11 @@ def add_ratios(row: common.Row, rows: Sequence[common.Row], best: Mapping[str, f
     row["shown"] = f"{row['backend']} (auto)" if is_marked else row["backend"]
 
 
-def columns(only_sum: bool) -> list[common.Column]:
+def columns(only_sum: bool, is_gpu: bool) -> list[common.Column]:
     def of_pass(kind: str, header: str) -> list[common.Column]:
-        return [(f"{header} (ms)", f"{kind}_ms", ".3f"), ("ratio", f"{kind}_ratio", ".2f"),
+        shares = [(name, f"{kind}_{key}", form) for name, key, form in common.SHARE_COLUMNS]
+        return [(f"{header} (ms)", f"{kind}_ms", ".3f"), *(shares if is_gpu else []),
+                ("ratio", f"{kind}_ratio", ".2f"),
                 *[(name, f"{kind}_{key}", form) for name, key, form in common.RATE_COLUMNS]]
 
     return [("map, kernels", "shape", ""), ("backend", "shown", ""), ("blocks", "blocks", "d"),
@@ -269,6 +274,7 @@ def main(args: argparse.Namespace) -> int:
         "Error: relative to the largest value of published, in outputs and gradients.",
         common.ceilings_text(best, dtype)
         + " Of copy bandwidth: the map read once and written once."]
-    common.show(title, rows, columns(args.only_sum), notes, {**best, "seconds": seconds},
-                repeats=args.repeats, device=device, json_path=args.json)
+    common.show(title, rows, columns(args.only_sum, device.type == "cuda"), notes,
+                {**best, "seconds": seconds}, repeats=args.repeats, device=device,
+                json_path=args.json)
     return 0

@@ -88,7 +88,8 @@ def measure(names: Sequence[str], precisions: Sequence[str], *, batch_size: int,
                 rows.append({
                     "model": name, "pixels": size, "precision": precision, "arrangement": kind,
                     "shown": kind + describe_choice(network, device, dtype), "macs": macs,
-                    "error": error.item(), "memory_gib": common.memory_of(action, device)})
+                    "error": error.item(), "memory_gib": common.memory_of(action, device),
+                    **common.gpu_shares(action, device)})
                 actions[f"{precision}, {name}, {kind}"] = action
     shortest = 0.2 if device.type == "cuda" else 0  # in a row, so that the host runs ahead
     seconds = common.time_interleaved(actions, repeats, device, shortest)
@@ -126,7 +127,8 @@ def main(args: argparse.Namespace) -> int:
              "largest logit, against the un-folded network in float32. Memory, on a GPU: what a "
              "pass holds beyond the networks."]
     notes += [common.ceilings_text(found, common.dtype_of(name)) for name, found in best.items()]
-    common.show(f"Inference with random weights, batch {args.batch_size}", rows, COLUMNS, notes,
-                {"ceilings": best, "seconds": seconds}, repeats=args.repeats, device=device,
-                json_path=args.json)
+    shares = common.SHARE_COLUMNS if device.type == "cuda" else []
+    common.show(f"Inference with random weights, batch {args.batch_size}", rows,
+                COLUMNS + shares, notes, {"ceilings": best, "seconds": seconds},
+                repeats=args.repeats, device=device, json_path=args.json)
     return 0
