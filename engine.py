@@ -40,6 +40,9 @@ class Teacher(Protocol):
     def teach(self, images: Tensor, position: Position) -> Any:
         """Logits and feature maps of a micro-batch, given what the student sees of it."""
 
+    def evaluated(self, evaluate: Callable[[nn.Module], Any]) -> Any:
+        """What `evaluate` gives of the teacher's network, or gave before."""
+
 
 @dataclass
 class TrainState:
@@ -173,7 +176,7 @@ class StepOptions(NamedTuple):
 
     def position(self, step: int, micro: int) -> Position:
         return position_of(step, micro, rank(), steps_per_epoch=self.steps_per_epoch,
-                        accum_steps=self.accum_steps, epochs_kept=self.epochs_kept)
+                           accum_steps=self.accum_steps, epochs_kept=self.epochs_kept)
 
 
 def train_one_epoch(state: TrainState, loader: Any, teacher: Teacher | None, mix: Callable,
@@ -362,7 +365,7 @@ def evaluate(model: nn.Module, loader: Any, *, options: StepOptions, description
                       100 * agreed / total if reference is not None else None, int(total), samples)
 
 
-def evaluate_teacher(teacher: nn.Module | None, loader: Any, options: StepOptions
+def evaluate_teacher(teacher: Teacher | None, loader: Any, options: StepOptions
                      ) -> tuple[float | None, Tensor | None]:
     """Top-1 in percent; the class of every image of this process, -1 elsewhere (data set size,).
     None and None without a teacher, or without its classifier."""
@@ -371,6 +374,11 @@ def evaluate_teacher(teacher: nn.Module | None, loader: Any, options: StepOption
     if teacher.num_classes == 0:
         print_once("teacher: not evaluated, for it has no classifier; its feature maps alone teach")
         return None, None
+    return teacher.evaluated(lambda network: _evaluate_network(network, loader, options))
+
+
+def _evaluate_network(teacher: nn.Module, loader: Any, options: StepOptions
+                      ) -> tuple[float, Tensor]:
     result = evaluate(teacher, loader, options=options, description="teacher")
     refuse_nan(result, "the teacher's")
     print_once(f"teacher: top-1 {result.acc1:.2f} %, top-5 {result.acc5:.2f} % on the "

@@ -12,8 +12,10 @@ if __name__ == "__main__":
 import argparse
 import copy
 import sys
-from contextlib import closing
+from contextlib import closing, nullcontext
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,8 +28,10 @@ from data.datasets import DATASETS
 from losses.base import LOSSES
 from models.base import MODELS, check_spec
 from models.distiller import Distiller, FrozenTeacher, describe_cost, describe_size, frozen_dtype
+from models.kept_logits import check_kept, resolve_kept
 from models.large_kernel.operator import ACCEPTED, describe_choice, set_backend
 from models.sparsity import GROWTHS, INITS, LAYERS, SparseMask
+from models.teacher_cache import CachedTeacher, open_cache
 from models.weights import load_student, load_teacher
 from utils import checkpoint, distributed, faults, optim
 from utils.config import Parser, at_least, below_one, between, plain, program
@@ -59,12 +63,19 @@ def build_parser() -> Parser:
          help="may be repeated; weight=1 and the loss's own options; one of: "
          + ", ".join(losses.list_losses()) + " (default: nkd; ce without a teacher)")
     flag("--bce", action=switch, default=False, help="short for --loss bce")
+    flag("--teacher-cache", type=Path, metavar="DIR", help="kept logits; docs/teacher_cache.md")
+    flag("--teacher-cache-only", action=switch, default=False, help="never load the teacher")
+    flag("--teacher-cache-top", type=at_least(0), default=0, help="classes kept, 0 = all (default: "
+         "all up to 128 classes, 64 beyond)")
+    flag("--teacher-cache-epochs", type=at_least(0), default=0, help="kept, used in turn; 0 = all")
+    flag("--fill-cache", action=switch, default=False, help="fill it, and train nothing")
 
     flag = parser.add_argument_group("data and augmentation").add_argument
     flag("--data-set", nargs="+", type=DATASETS.own_word, default=["imagefolder"], metavar="NAME",
          help="imagefolder, imagenet, list, shards, cifar10, cifar100, imagenette, food101, pets, "
          "flowers102, or outlines (embedded), with key=value options; docs/data.md")
     flag("--data-path", help="folder that holds train/ and val/")
+    flag("--data-on", choices=data.PLACES, default="disk", help="where images lie; docs/data.md")
     flag("--input-size", type=at_least(1), default=224, help="pixels")
     flag("--crop-pct", type=float, help="evaluation crop; by default 224/256")
     flag("--interpolation", choices=data.FILTERS, default="bicubic", help="filter of evaluation")
@@ -79,6 +90,7 @@ def build_parser() -> Parser:
     flag("--cutmix", type=at_least(0.0), default=1.0, help="cutmix alpha, 0 = off")
     flag("--mixup-prob", type=between(0.0, 1.0), default=1.0, help="probability to mix a batch")
     flag("--mixup-switch-prob", type=between(0.0, 1.0), default=0.5, help="share of cutmix of both")
+    flag("--mixup-mode", choices=data.MIXUP_MODES, default="batch", help="what shares a draw")
     flag("--smoothing", type=below_one, default=0.1, help="label smoothing of the targets")
     flag("--fast-decode", action=switch, default=False, help="approximate decoding (docs/data.md)")
     flag("--num-workers", type=at_least(0), default=10, help="loader processes per process")
@@ -167,8 +179,9 @@ def main(args: argparse.Namespace) -> int:
     # 4. without that, random weights.
     # --teacher-weights has no part in it.
     folder, settings, amp_dtype = args.output_dir, plain(args), engine.AMP_DTYPES[args.amp]
-    lock = checkpoint.lock_folder(folder, args.dry_run)
-    saved = checkpoint.find_saved(folder, args.resume, args.auto_resume, settings, args.defaults)
+    lock = checkpoint.lock_folder(folder, args.dry_run or args.fill_cache)
+    saved = None if args.fill_cache else checkpoint.find_saved(
+        folder, args.resume, args.auto_resume, settings, args.defaults)
     data.keep_labels(saved, train_set, val_set)
 
     # Student. Each part has a seed of its own, so that none depends on what was built before it.
@@ -176,22 +189,21 @@ def main(args: argparse.Namespace) -> int:
     student = load_student(args.student, args.student_weights if saved is None else "random",
                            args.student_weights_key, train_set.classes, dry_run=args.dry_run)
 
-    # Teacher. It never trains: no gradient, no DDP, no optimizer, no checkpoint.
-    teacher = None
-    if args.teacher != ["none"]:
-        teacher, settings[checkpoint.TEACHER] = build_teacher(args, student, train_set, device)
+    # Teacher. It never trains: no gradient, no DDP, no optimizer, no checkpoint. The step asks it,
+    # or what is kept of it.
+    options = build_options(args, student, device)
+    train_loader, val_loader, mix = build_loaders(args, train_set, val_set, device)
+    teacher, asked = build_teacher(args, settings, student, (train_loader, val_loader), options)
     set_backend(args.large_kernel, student, teacher)
 
     # Losses and distiller: everything with a gradient in one module. Two blank images go through
     # it now, so that what does not fit together fails before the run folder exists.
-    options = build_options(args, student, device)
     torch.manual_seed(fold_seed(args.seed, "losses"))
     distiller = Distiller(student, *losses.create_losses(
-        args.loss, student.feature_info, teacher.feature_info if teacher else None),
+        args.loss, student.feature_info, asked.feature_info if asked else None),
         freeze=args.freeze)
     distiller.to(device, memory_format=options.memory_format)
-    train_loader, val_loader, mix = build_loaders(args, train_set, val_set, device)
-    check_step(distiller, teacher, mix, options, args.batch_size, args.input_size)
+    check_step(distiller, asked, mix, options, args.batch_size, args.input_size)
 
     # Optimizer, masks, average, DDP. The masks of a new run look at a batch before SyncBatchNorm
     # is there, which would wait for the other processes; a continued run restores its masks.
@@ -207,9 +219,15 @@ def main(args: argparse.Namespace) -> int:
         checkpoint.restore(state, *saved, settings)
 
     # What will run.
-    print_run(args, state, teacher, device, folder, num_val=len(val_set))
+    print_run(args, state, teacher, asked, device, folder, num_val=len(val_set))
     if args.dry_run or state.epoch >= args.epochs:
         return 0
+    if args.teacher_cache:
+        asked.begin(state.step * args.accum_steps, must_write=args.fill_cache)
+    if args.fill_cache:
+        with closing(asked), closing(train_loader), closing(val_loader):
+            return asked.fill(train_loader, mix.at, partial(
+                engine.evaluate_teacher, asked, val_loader, options))
     checkpoint.start_run(lock, settings)
     places = open_sinks(sink_names(args.log_to, args.tensorboard), folder, settings, state.step)
     log = RunLog(folder, args.epochs, places)
@@ -227,12 +245,14 @@ def main(args: argparse.Namespace) -> int:
 
     # The epochs: train, evaluate, log, save.
     with distributed.StopRequest() as stop, closing(lock), closing(log), closing(train_loader), \
-            closing(val_loader):
+            closing(val_loader), closing(asked) if args.teacher_cache else nullcontext():
         with stop.at_once():
-            teacher_acc1, reference = engine.evaluate_teacher(teacher, val_loader, options)
+            for loader in (train_loader, val_loader):
+                loader.prepare()
+            teacher_acc1, reference = engine.evaluate_teacher(asked, val_loader, options)
         while state.epoch < args.epochs and not stop.agreed():
             means = engine.train_one_epoch(
-                state, train_loader, teacher, mix.at, schedule, options=options,
+                state, train_loader, asked, mix.at, schedule, options=options,
                 print_every=args.print_every, after_update=after_update, on_print=log.point)
             if means is None:  # asked to stop within the epoch
                 break
@@ -268,16 +288,24 @@ def check_flags(args: argparse.Namespace) -> None:
                                   (DATASETS, "--data-set", [args.data_set])):
         for spec in specs:
             registry.builder(parse_spec(spec, flag)[0])
+    data.check_data_on(args.data_on, args.aa, args.given)
     check_sinks(sink_names(args.log_to, args.tensorboard))  # better missed now than after an epoch
     no_sparsity = "sparsity" not in args.given and not args.sparsity
     for is_off, names, reason in (
             (no_sparsity, ("sparse_init", "sparse_layers", "prune_rate", "prune_every", "growth"),
              "without --sparsity; the published one is 0.4"),
             (args.opt != "sgd", ("momentum", "nesterov"), f"with --opt {args.opt}; it is SGD's"),
-            (args.opt == "sgd", ("opt_betas", "opt_eps"), "with --opt sgd; see --momentum")):
+            (args.opt == "sgd", ("opt_betas", "opt_eps"), "with --opt sgd; see --momentum"),
+            (not args.teacher_cache, ("teacher_cache_top", "teacher_cache_epochs"),
+             "without --teacher-cache")):
         useless = [name for name in names if name in args.given]
         if is_off and useless:
             raise UserError(f"--{useless[0].replace('_', '-')} does nothing {reason}.")
+    check_kept(vars(args))
+    losses.check_kept_logits(args.loss or [] if args.teacher_cache else [])
+    if args.repeated_aug and args.mixup_mode == "pair":
+        raise UserError("--mixup-mode pair mixes neighbours of the epoch's order, and "
+                        "--repeated-aug makes them one image. Leave one of them out.")
     if args.sparsity and args.freeze:
         raise UserError("--sparsity would mask weights that --freeze keeps as they are. Leave one "
                         "of them out.")
@@ -304,41 +332,35 @@ def resolve(args: argparse.Namespace, device: torch.device, *, train_size: int,
     if args.amp == "auto":
         has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         args.amp = "bf16" if has_bf16 else "none"
-
-    # images per update = processes x images per process x micro-batches
-    if not {"effective_batch", "accum_steps"} & {*args.chosen}:
-        args.batch_size, args.effective_batch = optim.fit_batch(
-            train_size, args.batch_size, args.world_size, args.effective_batch,
-            is_fixed="batch_size" in args.chosen)
-    asked = args.effective_batch if "effective_batch" in args.given else None
-    if asked is not None and "accum_steps" not in args.given:
-        args.accum_steps = None  # a recipe's; the command line wins
-    args.accum_steps, args.effective_batch = optim.resolve_batch(
-        args.batch_size, args.world_size, args.accum_steps, asked, default=args.effective_batch)
-    args.steps_per_epoch = optim.updates_per_epoch(train_size, args.effective_batch)
-    if args.warmup_steps is None:
-        args.warmup_steps = optim.warmup_updates(
-            args.warmup_epochs, args.steps_per_epoch, args.epochs,
-            is_fixed="warmup_epochs" in args.chosen)
+    vars(args).update(resolve_kept(vars(args), args.chosen))
+    vars(args).update(optim.resolve_sizes(vars(args), args.given, args.chosen))
     args.compile, args.compile_teacher = faults.what_to_compile(
         args.compile, device, args.epochs * args.steps_per_epoch >= COMPILE_FROM)
     faults.check_precision(args.amp, device)
     return args
 
 
-def build_teacher(args: argparse.Namespace, student: models.VisionModel,
-                  train_set: data.ImageSource, device: torch.device
-                  ) -> tuple[FrozenTeacher, str | None]:
-    """The teacher of this student, and the checksum of its weights, which a dry run may not fetch.
-    """
-    torch.manual_seed(fold_seed(args.seed, "teacher"))
-    model = load_teacher(
-        args.teacher, args.teacher_weights, args.teacher_weights_key, train_set.classes,
-        needs_logits=losses.need_teacher_logits(args.loss), dry_run=args.dry_run)
-    weights = None if args.dry_run else checksum(model.state_dict())
-    dtype = frozen_dtype(engine.AMP_DTYPES[args.amp], device)
-    return FrozenTeacher(model, student.input_mean, student.input_std, dtype=dtype).to(device), \
-        weights
+def build_teacher(args: argparse.Namespace, settings: dict[str, Any], student: models.VisionModel,
+                  loaders: tuple[data.Loader, data.Loader], options: engine.StepOptions
+                  ) -> tuple[FrozenTeacher | None, FrozenTeacher | CachedTeacher | None]:
+    """The teacher's network, if it may be asked, and what the step asks: it, or its kept logits.
+    The checksum of its weights goes to `settings`; a dry run may not fetch them."""
+    teacher = None
+    if args.teacher != ["none"] and not args.teacher_cache_only:
+        torch.manual_seed(fold_seed(args.seed, "teacher"))
+        model = load_teacher(
+            args.teacher, args.teacher_weights, args.teacher_weights_key,
+            loaders[0].samples.source.classes, dry_run=args.dry_run,
+            needs_logits=losses.need_teacher_logits(args.loss))
+        settings[checkpoint.TEACHER] = None if args.dry_run else checksum(model.state_dict())
+        teacher = FrozenTeacher(
+            model, student.input_mean, student.input_std,
+            dtype=frozen_dtype(options.amp_dtype, options.device)).to(options.device)
+    if not args.teacher_cache:
+        return teacher, teacher
+    asked = open_cache(args.teacher_cache, settings, teacher, student, loaders, options)
+    settings[checkpoint.TEACHER] = asked.manifest.get(checkpoint.TEACHER)
+    return teacher, asked
 
 
 def build_options(args: argparse.Namespace, student: models.VisionModel,
@@ -347,7 +369,7 @@ def build_options(args: argparse.Namespace, student: models.VisionModel,
     return engine.StepOptions(
         device=device, amp_dtype=engine.AMP_DTYPES[args.amp], accum_steps=args.accum_steps,
         memory_format=layout, clip_grad=args.clip_grad, seed=args.seed,
-        steps_per_epoch=args.steps_per_epoch,
+        steps_per_epoch=args.steps_per_epoch, epochs_kept=args.teacher_cache_epochs,
         batch_transform=data.BatchTransform(student.input_mean, student.input_std, device))
 
 
@@ -368,12 +390,14 @@ def build_loaders(args: argparse.Namespace, train_set: data.ImageSource,
     # No gradients are kept, so half as many images more fit, as in the published runs.
     val = data.eval_loader(val_set, val_transform, batch_size=max(1, args.batch_size * 3 // 2),
                            **common)
-    return train, val, data.Mixup(
+    if args.data_on != "disk":
+        train, val = (data.in_memory(loader, args.data_on, device) for loader in (train, val))
+    return train, val, data.MIXUP_MODES[args.mixup_mode](
         args.num_classes, mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, prob=args.mixup_prob,
         switch_prob=args.mixup_switch_prob, smoothing=args.smoothing, seed=args.seed)
 
 
-def check_step(distiller: Distiller, teacher: FrozenTeacher | None, mix: data.Mixup,
+def check_step(distiller: Distiller, teacher: FrozenTeacher | CachedTeacher | None, mix: data.Mixup,
                options: engine.StepOptions, batch_size: int, input_size: int) -> None:
     """Raises UserError where a batch, the networks and the losses do not go together."""
     mix.check_batch_size(batch_size)
@@ -411,7 +435,8 @@ def wrap(args: argparse.Namespace, distiller: Distiller, teacher: FrozenTeacher 
 
 
 def print_run(args: argparse.Namespace, state: engine.TrainState, teacher: FrozenTeacher | None,
-              device: torch.device, folder: Path, num_val: int) -> None:
+              asked: FrozenTeacher | CachedTeacher | None, device: torch.device, folder: Path,
+              num_val: int) -> None:
     """What will run: networks, loss, and the arithmetic of batch, rate and steps."""
     student = state.distiller.student
     dtype = engine.AMP_DTYPES[args.amp] or torch.float32
@@ -429,13 +454,16 @@ def print_run(args: argparse.Namespace, state: engine.TrainState, teacher: Froze
     print_once(f"loss: {losses.describe_losses(args.loss, state.distiller.weights)}")
     for sentence in optim.describe_schedule(vars(args), args.defaults, args.chosen):
         print_once(sentence)
-    compiled = "all" if args.compile else "teacher" if args.compile_teacher else "nothing"
-    print_once(f"{num_val:,} images to evaluate on; {device}, precision {args.amp}, compiled: "
-               f"{compiled}")
+    what = "all" if args.compile else "teacher" if args.compile_teacher else "nothing"
+    print_once(f"{num_val:,} validation images; {device}, precision {args.amp}, compiled: {what}")
     if state.sparsity is not None:
         print_once(f"sparsity: {state.sparsity.describe()}")
+    if args.teacher_cache:
+        print_once(asked.describe(state.distiller if args.dry_run else None))
+        losses.warn_of_softening(state.distiller.losses, args.teacher_cache_top)
     continued = f", continued at epoch {state.epoch}, update {state.step:,}" if state.step else ""
-    print_once(f"run folder {folder}{continued}")
+    if not args.fill_cache:
+        print_once(f"run folder {folder}{continued}")
     if args.dry_run:
         print_once("dry run: nothing was trained, nothing written")
     elif state.epoch >= args.epochs:

@@ -20,7 +20,8 @@ from data.datasets import (
 from data.images import read_image, to_rgb
 from data.layouts import class_words
 from data.loader import Loader, eval_loader, train_loader
-from data.mixup import Mixup
+from data.memory import PLACES, check_data_on, in_memory
+from data.mixup import MIXUP_MODES, Mixup
 from data.transforms import (
     FILTERS,
     describe_eval,
@@ -33,7 +34,8 @@ from utils.classes import imagenet_wnids
 # What DeiT and ConvNeXt call them.
 DATASETS.add_aliases({"CIFAR": "cifar100", "IMNET": "imagenet", "image_folder": "imagefolder"})
 
-__all__ = ["FILTERS", "Batch", "BatchTransform", "ImageBatch", "ImageSource", "Loader", "Metric",
-           "Mixup", "class_words", "create_dataset", "create_splits", "describe_eval",
-           "eval_loader", "eval_transform", "imagenet_wnids", "keep_labels", "list_datasets",
-           "read_image", "to_rgb", "train_loader", "train_transform", "warp_transform"]
+__all__ = ["FILTERS", "MIXUP_MODES", "PLACES", "Batch", "BatchTransform", "ImageBatch",
+           "ImageSource", "Loader", "Metric", "Mixup", "check_data_on", "class_words",
+           "create_dataset", "create_splits", "describe_eval", "eval_loader", "eval_transform",
+           "imagenet_wnids", "in_memory", "keep_labels", "list_datasets", "read_image", "to_rgb",
+           "train_loader", "train_transform", "warp_transform"]

@@ -148,14 +148,25 @@ def erase_(images: Tensor, erased: Tensor, num_pixels: int) -> None:
 
 
 def normal_noise(key: Tensor, counter: Tensor) -> Tensor:
-    """N(0, 1) in float32 for every key and counter (int64): SplitMix64's output number `counter`
-    from the seed `key`, its upper 23 bits sent through the normal distribution's quantiles."""
+    """N(0, 1) in float32 for every key and counter (int64): the upper 23 of `random_bits` sent
+    through the normal distribution's quantiles."""
+    bits = random_bits(key, counter)
+    uniform = (_shift_right(bits, 41).float() + 0.5) * 2.0 ** -22 - 1  # exact, within (-1, 1)
+    return uniform.erfinv_().mul_(math.sqrt(2))
+
+
+def random_bits(key: Tensor, counter: Tensor) -> Tensor:
+    """64 bits for every key and counter (int64): SplitMix64's output number `counter` from the
+    seed `key`. The same on every device."""
     bits = key + (counter + 1) * GAMMA  # integers wrap around
     for shift, factor in ((30, FIRST), (27, SECOND)):
         bits = (bits ^ _shift_right(bits, shift)) * factor
-    bits ^= _shift_right(bits, 31)
-    uniform = (_shift_right(bits, 41).float() + 0.5) * 2.0 ** -22 - 1  # exact, within (-1, 1)
-    return uniform.erfinv_().mul_(math.sqrt(2))
+    return bits ^ _shift_right(bits, 31)
+
+
+def uniform_share(bits: Tensor) -> Tensor:
+    """float64 in [0, 1): the upper 53 of these bits."""
+    return _shift_right(bits, 11).double() * 2.0 ** -53
 
 
 def _shift_right(bits: Tensor, by: int) -> Tensor:

@@ -221,8 +221,9 @@ def shared_bytes(number: int) -> Tensor:
     return torch.zeros(number, dtype=torch.uint8).share_memory_()
 
 
-def check_memory(needed: int) -> None:
-    """Raises UserError where the machine says that it has not as many bytes left."""
+def check_memory(needed: int, what: str = "cache=ram") -> None:
+    """Raises UserError where the machine says that it has not as many bytes left as `what` asks
+    for."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:  # no Linux
@@ -230,5 +231,5 @@ def check_memory(needed: int) -> None:
     free = next((1024 * int(line.split()[1]) for line in lines
                  if line.startswith("MemAvailable:")), needed)
     if needed > free:
-        raise UserError(f"cache=ram needs {needed / 2 ** 30:.1f} GiB for the decoded images, and "
+        raise UserError(f"{what} needs {needed / 2 ** 30:.1f} GiB for the decoded images, and "
                         f"{free / 2 ** 30:.1f} GiB of memory are left. Leave it out.")

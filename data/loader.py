@@ -45,16 +45,21 @@ class Samples(Dataset):
                 except OSError as error:
                     reason = reason or str(error)
                     num_faults += isinstance(error, StorageFault)
-                    if num_faults == MOST_FAULTS:
-                        raise UserError(
-                            f"{num_faults} images after {self.source.name_of(first)} could not be "
-                            f"read in several tries ({error}): what they lie on fails, not they. "
-                            "Look at the disk or the network, then start again.") from None
+                    check_storage(num_faults, self.source.name_of(first), error)
                     continue
                 pixels, erasure = self.transform.finish(image)
                 return Sample(pixels, erasure, label, index, readable=offset == 0)
         raise UserError(f"none of the {len(self.source)} images could be read; the first one tried "
                         f"was {self.source.name_of(first)} ({reason}).")
+
+
+def check_storage(num_faults: int, name: str, error: OSError) -> None:
+    """Raises UserError after so many faults of the storage, of which `error` is the last, from the
+    image `name` on."""
+    if num_faults >= MOST_FAULTS:
+        raise UserError(f"{num_faults} images after {name} could not be read in several tries "
+                        f"({error}): what they lie on fails, not they. Look at the disk or the "
+                        "network, then start again.") from None
 
 
 class TrainKeys:
@@ -69,21 +74,31 @@ class TrainKeys:
     def __init__(self, num_samples: int, batch_size: int, num_batches: int, seed: int,
                  repeated: bool = False) -> None:
         self.num_samples, self.batch_size, self.num_batches = num_samples, batch_size, num_batches
-        self.seed, self.repeated, self.epoch, self.start = seed, repeated, 0, 0
+        self.seed, self.repeated = seed, repeated
+        self.epoch, self.start, self.stop = 0, 0, num_batches
 
     def __len__(self) -> int:
-        return self.num_batches - self.start
+        return self.stop - self.start
+
+    def places(self, batch: int, process: int) -> range:
+        """Where the images of a process's micro-batch stand in the epoch's order, of which the
+        micro-batches of all processes together are a stretch."""
+        number = self.batch_size * world_size()
+        if self.repeated:
+            first = batch * number + process
+            return range(first, first + number, world_size())
+        first = batch * number + process * self.batch_size
+        return range(first, first + self.batch_size)
 
     def __iter__(self) -> Iterator[list[Key]]:
         order = torch.randperm(self.num_samples,
                                generator=generator(self.seed, "shuffle", self.epoch))
-        for batch in range(self.start, self.num_batches):
-            first = (batch * world_size() + rank()) * self.batch_size
-            indices = order[first:first + self.batch_size]
+        for batch in range(self.start, self.stop):
+            places = torch.tensor(self.places(batch, rank()))
             if self.repeated:
-                places = (batch * self.batch_size + torch.arange(self.batch_size)) * world_size()
-                places += rank()
                 indices = order[places // REPEATS] + places % REPEATS * self.num_samples
+            else:
+                indices = order[places]
             yield [(self.epoch, index) for index in indices.tolist()]
 
 
@@ -128,9 +143,11 @@ class Loader:
     def num_samples(self) -> int:
         return len(self.samples.source)
 
-    def start_at(self, epoch: int, batch: int) -> "Loader":
-        """The loader itself, its next iteration starting there."""
+    def start_at(self, epoch: int, batch: int, stop: int | None = None) -> "Loader":
+        """The loader itself, its next iteration starting there and ending before the micro-batch
+        `stop`; None: with the epoch."""
         self.keys.epoch, self.keys.start = epoch, batch
+        self.keys.stop = self.keys.num_batches if stop is None else stop
         return self
 
     def first_batch(self, most: int) -> tuple[ImageBatch, Tensor]:
@@ -147,11 +164,23 @@ class Loader:
         except UserError as error:  # from a worker it comes wrapped in the worker's traceback
             raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
 
+    def prepare(self) -> None:
+        """Do what the first batch would wait for: nothing, as images are read when they are asked
+        for."""
+
     def close(self) -> None:
         """End the worker processes."""
         if self.loader._iterator is not None:  # what keeps persistent workers, hence the underscore
             self.loader._iterator._shutdown_workers()
             self.loader._iterator = None
+
+    def report(self, index: int, error: OSError) -> None:
+        """Count and print an unreadable image. Raises UserError unless these are to be skipped."""
+        message = f"cannot read the image {self.samples.source.name_of(index)} ({error})"
+        if not self.skip_bad_images:
+            raise UserError(f"{message}. Repair or remove it, or pass --skip-bad-images.") from None
+        self.bad.add(index)
+        print_from_any(f"{message}; skipped, {len(self.bad)} so far")
 
     def _checked(self, batch: Batch) -> Batch:
         """The batch, read once more where what could not be read by now can be. Reports each
@@ -163,12 +192,7 @@ class Loader:
             try:
                 to_rgb(source.load(index)[0])
             except OSError as error:
-                message = f"cannot read the image {source.name_of(index)} ({error})"
-                if not self.skip_bad_images:
-                    raise UserError(f"{message}. Repair or remove it, or pass --skip-bad-images."
-                                    ) from None
-                self.bad.add(index)
-                print_from_any(f"{message}; skipped, {len(self.bad)} so far")
+                self.report(index, error)
             else:
                 print_from_any(f"{source.name_of(index)} could be read at a second try")
                 has_passed = True

@@ -1,7 +1,8 @@
-"""Mixup and CutMix of a whole batch, with label smoothing, on whatever device the batch is.
+"""Mixup and CutMix, with label smoothing, on whatever device the batch is.
 
-mixup: Zhang et al. (arXiv 1710.09412). CutMix: Yun et al. (arXiv 1905.04899). One choice and one
-lambda per batch, partner = the batch in reverse order, as DeiT does (timm's mode "batch").
+mixup: Zhang et al. (arXiv 1710.09412). CutMix: Yun et al. (arXiv 1905.04899). `Mixup`: one choice
+and one lambda per batch, partner = the batch in reverse order, as DeiT does (timm's mode "batch").
+`PairMixup`: neighbours of the epoch's order, a choice and a lambda for each two.
 """
 import math
 from typing import NamedTuple
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from utils.distributed import world_size
 from utils.registry import UserError
 from utils.rng import Position, fold_seed
 
@@ -99,6 +101,58 @@ class Mixup:
         off = self.smoothing / self.num_classes
         targets = torch.full((len(labels), self.num_classes), off, device=labels.device)
         return targets.scatter_(1, labels.unsqueeze(1), 1 - self.smoothing + off)
+
+
+class PairMixup(Mixup):
+    """Mixes images 2i and 2i + 1 of the epoch's order with each other, each two by a draw of their
+    own, in the shares of `Mixup`: lambda of one is that of the other, and so is the box.
+
+    A draw depends on the seed, the epoch and i alone, so that what an image becomes does not depend
+    on how the order is cut into batches and shared among processes.
+    """
+
+    def at(self, images: Tensor, labels: Tensor, position: Position) -> tuple[Tensor, Tensor]:
+        # As TrainKeys gives each process a part of the order.
+        first = (position.batch * world_size() + position.rank) * len(images) // 2
+        return self(images, labels, fold_seed(self.seed, "mixup of pairs", position.epoch), first)
+
+    def __call__(self, images: Tensor, labels: Tensor, seed: int, first: int = 0
+                 ) -> tuple[Tensor, Tensor]:
+        """As `Mixup` does; `first`: the number in the epoch's order of the batch's first pair."""
+        if not self.mixes:
+            return super().__call__(images, labels, seed)
+        self.check_batch_size(len(images))
+        height, width = images.shape[-2:]
+        # A row for each image, sent in one go: its share of the targets, its weight where it is
+        # mixed up, and the box of its partner.
+        rows = np.empty((len(images), 6), np.float32)
+        for pair in range(len(images) // 2):
+            rng = np.random.Generator(np.random.PCG64(fold_seed(seed, "pair", first + pair)))
+            lam, box = self.draw(rng, height, width)
+            rows[2 * pair:2 * pair + 2] = lam, lam if box is None else 1, *(box or (0, 0, 0, 0))
+        table = torch.from_numpy(rows)
+        if images.is_cuda:  # out of ordinary memory the copy would wait for what is computed
+            table = table.pin_memory()
+        lam, *table = table.to(images.device, non_blocking=True).unsqueeze(-1).unbind(1)  # (N, 1)
+        weight, top, bottom, left, right = (column[:, :, None, None] for column in table)
+
+        y = torch.arange(height, device=images.device)[:, None]
+        x = torch.arange(width, device=images.device)
+        is_pasted = (top <= y) & (y < bottom) & (left <= x) & (x < right)  # (N, 1, H, W)
+        weight = weight.masked_fill(is_pasted, 0).to(images.dtype)
+        one_hot = self._smooth_one_hot(labels)
+        return _weighted(weight, images), _weighted(lam, one_hot)
+
+
+MIXUP_MODES = {"batch": Mixup, "pair": PairMixup}
+
+
+def _weighted(weight: Tensor, rows: Tensor) -> Tensor:
+    """weight x each row + (1 - weight) x its neighbour: of rows 0, 1, 2, 3, ... 1, 0, 3, 2, ..."""
+    mixed = torch.empty_like(rows)
+    mixed[::2], mixed[1::2] = rows[1::2], rows[::2]
+    # Not torch.lerp, which need not round alike wherever in memory a value stands.
+    return mixed.mul_(1 - weight).add_(weight * rows)
 
 
 def draw_box(rng: np.random.Generator, lam: float, height: int, width: int) -> Box:

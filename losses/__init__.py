@@ -1,12 +1,14 @@
 """One file per loss, each readable beside its paper. A new one is a file here and its import."""
+from collections.abc import Mapping
 from math import isfinite
 
 from losses import bce, ce, dist, dkd, fd, kd, mgd, nkd  # noqa: F401  (importing registers them)
 from losses.base import LOSSES, Loss, Stages
+from utils.log import print_once
 from utils.registry import UserError, parse_spec
 
-__all__ = ["Loss", "create_loss", "create_losses", "describe_losses", "list_losses",
-           "need_teacher_logits"]
+__all__ = ["Loss", "check_kept_logits", "create_loss", "create_losses", "describe_losses",
+           "list_losses", "need_teacher_logits", "warn_of_softening"]
 
 
 def list_losses() -> list[str]:
@@ -30,6 +32,26 @@ def need_teacher_logits(specs: list[list[str]]) -> bool:
     """Whether a loss of `NAME key=value ...` compares with a teacher's logits."""
     kinds = [LOSSES.builder(parse_spec(spec, "--loss")[0]) for spec in specs]
     return any(kind.needs_teacher and kind.needs_teacher_logits for kind in kinds)
+
+
+def check_kept_logits(specs: list[list[str]]) -> None:
+    """Raises UserError for a loss of `NAME key=value ...` that needs more than a teacher's logits.
+    """
+    for spec in specs:
+        name = parse_spec(spec, "--loss")[0]
+        if LOSSES.builder(name).needs_teacher_features:
+            raise UserError(f"--loss {name} compares feature maps, and --teacher-cache keeps "
+                            "logits alone. Leave one of them out.")
+
+
+def warn_of_softening(losses: Mapping[str, Loss], top: int) -> None:
+    """Print a warning where the teacher's `top` likeliest classes are kept (0: all) and a
+    temperature above 1 lifts the others, whose logits are not known: docs/teacher_cache.md."""
+    soft = [name for name, loss in losses.items() if loss.needs_teacher and loss.temperature > 1]
+    if top and soft:
+        print_once(f"warning: --loss {soft[0]} softens the teacher's logits by a temperature above "
+                   f"1, and of its classes {top} are kept: the others matter then. Keep all, with "
+                   "--teacher-cache-top 0.")
 
 
 def create_losses(specs: list[list[str]], student_info: Stages, teacher_info: Stages | None

@@ -20,6 +20,8 @@ class Loss(nn.Module):
 
     needs_teacher = True  # False: `teacher` may be None
     needs_teacher_logits = True  # False: those of `teacher` may be None
+    temperature = 1.0  # that logits are divided by before their softmax
+    needs_teacher_features = False  # False: `teacher` may have none
     trains_logits = True  # False: the student's head gets no gradient from this loss alone
 
     def __init__(self) -> None:  # its arguments are the options of a loss; here, none

@@ -23,6 +23,7 @@ class FeatureDistillation(Loss):
 
     trains_logits = False
     needs_teacher_logits = False
+    needs_teacher_features = True
 
     def __init__(self, student_info: Stages, teacher_info: Stages, kind: str = "smooth_l1",
                  beta: float = 2.0, whiten: bool = False, features: int | tuple[int, ...] = -1,

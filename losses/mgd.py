@@ -26,6 +26,7 @@ class MaskedGenerativeDistillation(Loss):
 
     trains_logits = False
     needs_teacher_logits = False
+    needs_teacher_features = True
 
     def __init__(self, student_info: Stages, teacher_info: Stages,
                  features: int | tuple[int, ...] = -1, mask_ratio: float = 0.15,

@@ -2,6 +2,8 @@
 optimizer sees as one."""
 import copy
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +13,9 @@ from models.base import ModelOutput, VisionModel
 from utils.registry import UserError, one_line
 from utils.rng import Position
 
-# Images that a CPU takes through the network at a time, so that maps stay in its caches. Nothing
-# that a frozen network does depends on the other images of a batch.
-IMAGES_AT_A_TIME = 4
+# Pixels that a CPU takes through the network at a time, so that maps stay in its caches: 4 images
+# of 224 px, or 49 of 64. Nothing that a frozen network does depends on the others of a batch.
+PIXELS_AT_A_TIME = 4 * 224 ** 2
 # Channels whose 16-bit values fill 16 bytes: products on matrix units load no less at once.
 WIDTH_MULTIPLE = 8
 GIB_PER_FLOAT = 4 / 2 ** 30
@@ -65,6 +67,23 @@ class FrozenTeacher(nn.Module):
     def train(self, mode: bool = True) -> "FrozenTeacher":
         return super().train(False)
 
+    def describe_input(self) -> dict[str, Any]:
+        """What the network is given, as plain values; no size where that is the images' own."""
+        return {"mean": list(self.model.input_mean), "std": list(self.model.input_std),
+                "size": self.input_size if self.fixed_size else None, "filter": self.input_filter}
+
+    def logits_dtype(self, input_size: int, options: Any) -> torch.dtype:
+        """That of its logits in a step of these options. Raises UserError where it does not run."""
+        image = torch.zeros(1, 3, input_size, input_size, device=options.device)
+        try:
+            with options.autocast():
+                return self(image.contiguous(memory_format=options.memory_format)).dtype
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise UserError(f"the teacher does not run at --input-size {input_size}: "
+                            f"{one_line(error)}.") from error
+
     def count_macs(self, input_size: int) -> int:
         """MACs of one image of this side, folded, without what widths are filled up with."""
         return self.plain[0].count_macs(input_size)
@@ -92,6 +111,10 @@ class FrozenTeacher(nn.Module):
         """As the step asks for it; where a micro-batch stands changes nothing here."""
         return self.forward_with_features(images)
 
+    def evaluated(self, evaluate: Callable[["FrozenTeacher"], Any]) -> Any:
+        """As an evaluation asks for it: nothing is known before."""
+        return evaluate(self)
+
     @torch.no_grad()
     def _run(self, images: Tensor) -> ModelOutput:
         if self.renormalises:
@@ -105,11 +128,12 @@ class FrozenTeacher(nn.Module):
             return self._in_parts(images.to(self.dtype))
 
     def _in_parts(self, images: Tensor) -> ModelOutput:
-        if images.device.type != "cpu" or len(images) <= IMAGES_AT_A_TIME:
+        at_a_time = max(1, PIXELS_AT_A_TIME // (images.shape[2] * images.shape[3]))
+        if images.device.type != "cpu" or len(images) <= at_a_time:
             logits, features = self.model.forward_with_features(images)
         else:
             parts = [self.model.forward_with_features(part)
-                     for part in images.split(IMAGES_AT_A_TIME)]
+                     for part in images.split(at_a_time)]
             features = [torch.cat(maps) for maps in zip(*[part.features for part in parts])]
             logits = torch.cat([part.logits for part in parts]) if self.num_classes else None
         return ModelOutput(logits if self.num_classes else None, features)

@@ -48,9 +48,22 @@ launches=0
 dry_run=no
 if [[ " $* " == *" --dry-run "* ]]; then dry_run=yes; fi  # what the script itself was started with
 
-# launch PROGRAM FLAGS...: on all processes, until it ends or a signal has ended it.
+# attend COMMAND...: until it ends or a signal has ended it.
+attend() {
+    local child status=0 stopped=0
+    # Without a trap a signal would end this shell, and leave the command behind.
+    "$@" &
+    child=$!
+    trap 'stopped=143; kill -TERM $child 2>/dev/null || true' INT TERM
+    wait $child || status=$?
+    while kill -0 $child 2>/dev/null; do wait $child || status=$?; done  # a signal ends only `wait`
+    trap - INT TERM
+    return $((stopped ? stopped : status))
+}
+
+# launch PROGRAM FLAGS...: on all processes.
 launch() {
-    local command=("$PYTHON") child status=0 stopped=0
+    local command=("$PYTHON")
     if [[ -n "${NNODES:-}" ]]; then
         needs HOST "the name of the first of the $NNODES machines"
         # A port each: the first machine may be closing the last training's when another goes on.
@@ -61,14 +74,7 @@ launch() {
         command+=(-m torch.distributed.run --standalone --nproc_per_node="$GPUS")
     fi
     launches=$((launches + 1))
-    # Without a trap a signal would end this shell, and leave the training behind.
-    "${command[@]}" "$ROOT/$1" "${@:2}" &
-    child=$!
-    trap 'stopped=143; kill -TERM $child 2>/dev/null || true' INT TERM
-    wait $child || status=$?
-    while kill -0 $child 2>/dev/null; do wait $child || status=$?; done  # a signal ends only `wait`
-    trap - INT TERM
-    return $((stopped ? stopped : status))
+    attend "${command[@]}" "$ROOT/$1" "${@:2}"
 }
 
 # train FLAGS...: one training by the recipe.

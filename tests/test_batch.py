@@ -62,7 +62,7 @@ def test_the_engine_transforms_once_and_leaves_ready_images_alone():
     assert images.is_contiguous(memory_format=torch.channels_last)
     ready = torch.randn(1, 3, 8, 8)
     assert torch.equal(make_options().to_device(ready, labels)[0], ready)
-    assert engine.StepOptions._field_defaults == {"batch_transform": None}
+    assert engine.StepOptions._field_defaults["batch_transform"] is None
 
 
 def test_a_batch_of_the_loader_is_channels_last_and_keeps_its_order():

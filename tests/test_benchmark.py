@@ -6,14 +6,19 @@ import statistics
 import pytest
 import torch
 
+import data
 from analysis.benchmark import common
 from analysis.benchmark.__main__ import COMMANDS, main
+from analysis.benchmark.cached import UPDATES_FILLED, UPDATES_KEPT, open_cache
 from analysis.benchmark.common import Stopwatch, ceilings, table, time_interleaved
 from analysis.benchmark.masking import COLUMNS, rows_of
 from analysis.benchmark.operator import Shape, shapes_of
 from analysis.benchmark.published import Branches
 from analysis.benchmark.step import METRICS, PHASES, build_networks, build_steps, lapped
 from models import create_model
+from models.base import IMAGENET_MEAN, IMAGENET_STD
+from models.distiller import FrozenTeacher
+from models.kept_logits import compact, dense
 from models.large_kernel.operator import LargeKernelModule
 from tests.test_bench_loader import make_photographs
 
@@ -178,10 +183,10 @@ def test_step(words, run):
 
 def test_the_steps_differ_as_they_say():
     device = torch.device("cpu")
-    student, teacher, macs = build_networks(["slak_pico", "layer_scale_init=0.5"], ["slak_pico"],
-                                            32)
-    assert macs == 4 * create_model("slak_pico").count_macs(32)
-    steps = build_steps(student, teacher, [["nkd"]], common.random_batches(2, 32, 1000, device),
+    student, teacher, macs, macs_alone = build_networks(["slak_pico", "layer_scale_init=0.5"],
+                                                        ["slak_pico"], 32)
+    assert 3 * macs == 4 * macs_alone == 12 * create_model("slak_pico").count_macs(32)
+    steps, _ = build_steps(student, teacher, [["nkd"]], common.random_batches(2, 32, 1000, device),
                         common.step_options(device, "none"), has_published=True,
                         backend="banded", compiled="none", timm_name=None)
     published, ours = steps["published"], steps["ours"]
@@ -194,8 +199,8 @@ def test_the_steps_differ_as_they_say():
         step()
     for student, state in zip(students, before):
         assert not torch.equal(student.head.weight, state["head.weight"])
-    assert all(p.grad is not None for p in published.teacher.parameters())
-    assert any(p.grad.abs().max() > 0 for p in published.teacher.parameters())
+    assert all(p.grad is not None for p in published.teacher.model.parameters())
+    assert any(p.grad.abs().max() > 0 for p in published.teacher.model.parameters())
     assert all(p.grad is None for p in ours.teacher.parameters())
     assert {module.backend for network in (ours.teacher, students[1])
             for module in network.modules() if isinstance(module, LargeKernelModule)} == {"banded"}
@@ -205,6 +210,46 @@ def test_step_without_published(run):
     printed, values = run([*STEP, "--teacher", "slak_pico", "--student", "resnet_nano",
                             "--no-published"])
     assert [line[:3:2] for line in lines_of(printed)] == [["ours", "-"]]
+
+
+def test_step_from_a_cache(run):
+    printed, values = run([*STEP, "--teacher", "slak_pico", "--student", "resnet_nano",
+                            "--no-published", "--teacher-cache", "--accum-steps", "2"])
+    assert [line[0] for line in lines_of(printed)] == ["supervised", "from the cache", "ours"]
+    assert "keeps 64 of 1000 classes. It is filled at" in printed
+    macs = [row["gmacs_per_second"] * row["seconds"] for row in values["rows"]]
+    assert macs[0] == pytest.approx(macs[1]) and macs[0] < macs[2]
+    for row in values["rows"]:
+        ratios = [a / b for a, b in zip(values["seconds"][row["step"]],
+                                        values["seconds"]["supervised"])]
+        assert row["over_supervised"] == pytest.approx(statistics.median(ratios))
+
+
+@pytest.mark.parametrize("top", [0, 10])
+def test_the_cache_of_a_benchmark_is_the_programs(top, tmp_path):
+    """Filled by asking the network, then read without it, in turn."""
+    torch.manual_seed(0)
+    network = FrozenTeacher(create_model("slak_pico"), IMAGENET_MEAN, IMAGENET_STD)
+    batches = common.random_batches(2, 32, 1000, torch.device("cpu"))
+    mix = data.Mixup(1000).at
+    cache = open_cache(tmp_path, network, batches, mix, common.step_options(
+        torch.device("cpu"), "none", 2), batch_size=2, input_size=32, top=top)
+    cache.teacher.network = None
+    batch = next(batches)
+    for step in range(2 * UPDATES_KEPT["cpu"]):
+        for micro in range(2):
+            position = cache.options.position(step, micro)
+            images, _ = mix(*cache.options.to_device(batch.images, batch.labels), position)
+            expected = dense(compact(network(images), top), 1000)
+            assert torch.equal(cache.teacher.teach(images, position).logits, expected)
+    cache.fill()
+    cache.fill()
+    files = [torch.load(path, weights_only=True) for path in sorted(tmp_path.glob("*/epoch-*"))]
+    name = "log_probs" if top else "logits"
+    number = 2 * 2 * UPDATES_FILLED["cpu"]
+    assert len(files) == 2 and len(files[0][name]) == number
+    assert torch.equal(files[0][name], files[1][name][:number])
+    cache.teacher.close()
 
 
 def test_loader(tmp_path, run):
@@ -286,6 +331,8 @@ def test_help(capsys):
       "--device", "cpu"], "--large-kernel triton cannot run on cpu"),
     ([*STEP, "--teacher", "none", "--loss", "nkd", "--student", "slak_pico"], "there is none"),
     ([*STEP, "--teacher", "vit_nano", "--student", "resnet_nano"], "Set --input-size 224"),
+    ([*STEP, "--teacher", "none", "--teacher-cache"], "--teacher is none"),
+    ([*STEP, "--loss", "fd", "--teacher-cache"], "--loss fd compares feature maps"),
     (["step", "--accum-steps", "0"], "--accum-steps must be at least 1"),
     (["loader"], "--data-path"), (["loader", "--data-path", "nowhere"], "nowhere")])
 def test_bad_words(words, telling, capsys):

@@ -14,10 +14,11 @@ BASE = ["--teacher", "none", "--student", "resnet_nano", "--data-set", "outlines
 
 # Each changes what the run learns (its weights).
 TRAINING = ["--seed 1", "--scale 0.5 0.6", "--ratio 1 1", "--hflip 0", "--aa none", "--reprob 0",
-            "--mixup 0", "--cutmix 0", "--mixup-prob 0", "--mixup-switch-prob 1", "--smoothing 0",
-            "--fast-decode", "--batch-size 16", "--accum-steps 4", "--effective-batch 32",
-            "--lr 1e-3", "--min-lr 5e-3", "--warmup-steps 3", "--weight-decay 0.5",
-            "--weight-decay-end 5", "--layer-decay 0.7", "--opt-betas 0.5 0.9", "--opt-eps 1e-3",
+            "--mixup 0", "--cutmix 0", "--mixup-prob 0", "--mixup-switch-prob 1",
+            "--mixup-mode pair", "--smoothing 0", "--fast-decode", "--batch-size 16",
+            "--accum-steps 4", "--effective-batch 32", "--lr 1e-3", "--min-lr 5e-3",
+            "--warmup-steps 3", "--weight-decay 0.5", "--weight-decay-end 5",
+            "--layer-decay 0.7", "--opt-betas 0.5 0.9", "--opt-eps 1e-3",
             "--clip-grad 0.1", "--amp bf16", "--amp fp16", "--student resnet_nano drop_path=0.5",
             "--student resnet_nano zero_init_residual=false", "--loss ce weight=2", "--epochs 2",
             "--opt sgd", "--opt lamb", "--bce", "--repeated-aug", "--aa ta", "--aa 3a",

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from models.base import ModelOutput, VisionModel
 from models.convnext import ConvNeXt
-from models.distiller import IMAGES_AT_A_TIME, FrozenTeacher
+from models.distiller import PIXELS_AT_A_TIME, FrozenTeacher
 from models.large_kernel.operator import set_backend
 from models.layers import GELU, PointwiseLinear
 from models.slak import FoldedLargeKernel, SLaK
@@ -134,6 +134,7 @@ def test_folded_network_gives_the_gradient_of_its_input():
 # The teacher
 
 
+AT_A_TIME = PIXELS_AT_A_TIME // 64 ** 2
 MAKERS = {"convnext_bn": micro_convnext_bn, "convnext": lambda: ConvNeXt(**MICRO),
           "slak": micro_slak}
 
@@ -144,7 +145,7 @@ def make_teacher(make=micro_convnext_bn) -> tuple[FrozenTeacher, VisionModel]:
     return FrozenTeacher(model, model.input_mean, model.input_std), same
 
 
-@pytest.mark.parametrize("num_images", [1, 2 * IMAGES_AT_A_TIME, 2 * IMAGES_AT_A_TIME + 1])
+@pytest.mark.parametrize("num_images", [1, 2 * AT_A_TIME, 2 * AT_A_TIME + 1])
 @pytest.mark.parametrize("name", MAKERS)
 def test_teacher_in_parts_equals_one_call(name, num_images):
     teacher, model = make_teacher(MAKERS[name])

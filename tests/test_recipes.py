@@ -173,6 +173,7 @@ def test_sizes_that_fit_and_what_trains_are_printed(words, telling, tmp_path, ca
     (["--config", "RECIPE"], "200 images, fewer than one effective batch of 4096"),
     (["--freeze", "9"], "--freeze must be backbone, or a number of stages, 0 to 4"),
     (["--freeze", "1", "--sparsity", "0.4"], "Leave one of them out"),
+    (["--repeated-aug", "--mixup-mode", "pair"], "--repeated-aug makes them one image"),
     (["--sparsity", "0.4", "--growth", "momentum", "--opt", "sgd"], "which --opt sgd has not"),
     (["--momentum", "0.5"], "--momentum does nothing with --opt adamw"),
     (["--opt", "sgd", "--opt-eps", "1e-6"], "--opt-eps does nothing with --opt sgd"),

@@ -1,4 +1,4 @@
-"""The table of gains, from run folders made by hand."""
+"""The tables of gains and of teachers, from run folders made by hand."""
 import csv
 import json
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from analysis.intervals import difference, paired, t_quantile
 from analysis.report import main
 
 
@@ -37,8 +38,9 @@ def test_seeds_are_averaged_and_the_gain_is_against_the_same_recipe(tmp_path, ca
             write_run(tmp_path / "c0", 70.0, teacher="big", loss="nkd", lr=1e-2)]
     assert main(runs) == 0
     table = rows(capsys)
-    assert "| none | - | small | ce | - | 3 | 2 | 61.00 +- 1.41 | - | - |" in table
-    assert "| big | - | small | nkd | lr 0.001 | 3 | 2 | 65.50 +- 0.71 | +4.50 | - |" in table
+    assert "| none | - | small | ce | - | 3 | 2 | 61.00 +- 1.41 | - | - | - |" in table
+    assert ("| big | - | small | nkd | lr 0.001 | 3 | 2 | 65.50 +- 0.71 | +4.50 | [-1.85, +10.85] "
+            "| - |") in table
     # No supervised run at this rate: apart, with the reason.
     apart = table.index("Without a supervised run to compare with:")
     assert table.index("| big | - | small | nkd | lr 0.01 | 3 | 1 | 70.00 | - | - |") > apart
@@ -123,8 +125,8 @@ def test_what_only_a_teacher_has_does_not_hinder_the_comparison(tmp_path, capsys
     change(runs[3], warmup_epochs=20, teacher_weights="random")
     assert main(runs) == 0
     table = rows(capsys)
-    assert "| none | - | small | ce | 3 | 2 | 61.00 +- 1.41 | - | - |" in table
-    assert "| big | - | small | nkd | 3 | 2 | 65.00 +- 1.41 | +4.00 | - |" in table
+    assert "| none | - | small | ce | 3 | 2 | 61.00 +- 1.41 | - | - | - |" in table
+    assert "| big | - | small | nkd | 3 | 2 | 65.00 +- 1.41 | +4.00 | [+4.00, +4.00] | - |" in table
 
 
 def test_the_nearest_supervised_run_is_named_with_all_that_differs(tmp_path, capsys):
@@ -221,7 +223,9 @@ def test_out_writes_both_forms_of_the_same_rows(tmp_path, capsys):
     assert supervised == {
         "teacher": "none", "teacher_acc1": "", "student": "small dims=1,2, sparsity 0.4",
         "loss": "ce", "differs": "", "epochs": "3", "n": "1", "acc1": "60.0", "acc1_std": "",
-        "direct_gain": "", "relative_gain": "", "not_compared": "", "runs": runs[0]}
+        "direct_gain": "", "gain_low": "", "gain_high": "", "gain_method": "",
+        "relative_gain": "", "longer_epochs": "", "longer_gain": "", "longer_low": "",
+        "longer_high": "", "not_compared": "", "runs": runs[0]}
     assert distilled == supervised | {
         "teacher": "big", "teacher_acc1": "68.0", "loss": "nkd", "n": "2", "acc1": "65.0",
         "acc1_std": "1.4142", "direct_gain": "5.0", "relative_gain": "0.625",
@@ -264,3 +268,132 @@ def test_the_baseline_does_not_depend_on_the_order(tmp_path, capsys):
         assert "| 65.00 | +5.00 | - |" in "\n".join(rows(capsys))
     assert main([smooth, other, taught]) == 0
     assert "2 supervised runs differ in their loss only" in "\n".join(rows(capsys))
+
+
+# Intervals
+
+
+@pytest.mark.parametrize("freedom, level, value", [
+    (1, 0.95, 12.706), (2, 0.95, 4.303), (3, 0.95, 3.182), (4, 0.95, 2.776), (5, 0.95, 2.571),
+    (9, 0.95, 2.262), (30, 0.95, 2.042), (120, 0.95, 1.980), (1e6, 0.95, 1.960), (1, 0.99, 63.657),
+    (4, 0.99, 4.604), (10, 0.5, 0.700)])
+def test_quantiles_of_t_are_those_of_the_tables(freedom, level, value):
+    assert t_quantile(freedom, level) == pytest.approx(value, abs=6e-4)
+
+
+def test_intervals_by_hand():
+    """Paired: differences 1, 2, 3, whose mean has the standard error 1 / sqrt(3). Welch: variances
+    1 and 4 of three values each, 4 (1 + 4)^2 / (1 + 16) / 2 = 2.94 degrees of freedom."""
+    first = {0: 61.0, 1: 62.0, 2: 63.0}
+    found = difference(first, {0: 60.0, 1: 60.0, 2: 60.0})
+    assert found.method == "paired" and (found.mean, found.std, found.n) == (2.0, 1.0, 3)
+    assert found.high - found.mean == pytest.approx(4.303 / 3 ** 0.5, abs=1e-3)
+    found = difference(first, {3: 58.0, 4: 60.0, 5: 62.0})
+    assert (found.method, found.mean, found.n, found.std) == ("welch", 2.0, 3, None)
+    assert found.mean - found.low == pytest.approx(t_quantile(50 / 17) * (5 / 3) ** 0.5)
+    assert difference(first, {0: 60.0}).low is None and paired(first, {7: 60.0}) is None
+    assert paired(first, {1: 60.0, 7: 1.0}) == (2.0, None, None, None, 1, "")
+
+
+def test_the_interval_of_a_gain_and_the_longer_schedule(tmp_path, capsys):
+    runs = []
+    for seed, accuracies in enumerate([(60, 66, 63), (61, 66, 63), (62, 69, 66)]):
+        runs += [write_run(tmp_path / f"a{seed}", accuracies[0], seed=seed),
+                 write_run(tmp_path / f"b{seed}", accuracies[1], seed=seed, teacher="big",
+                           loss="nkd"),
+                 write_run(tmp_path / f"l{seed}", accuracies[2], seed=seed, epochs=6)]
+    runs += [write_run(tmp_path / "l4", 20.0, epochs=4), write_run(tmp_path / "c", 65.0,
+             teacher="big", loss="kd", seed=9), write_run(tmp_path / "x", 99.0, epochs=9, lr=1.0)]
+    assert main([*runs, "--out", str(tmp_path / "table")]) == 0
+    table = rows(capsys)
+    # 6, 5, 7: 4.303 / sqrt(3) to each side; over 6 epochs 3, 3, 3.
+    (line,) = [line for line in table if "| nkd |" in line]
+    assert line.endswith("| 67.00 +- 1.73 | +6.00 | [+3.52, +8.48] | - | "
+                         "+3.00 [+3.00, +3.00] (6) |")
+    (line,) = [line for line in table if "| kd |" in line]  # one seed, not one of the baseline's
+    assert line.endswith("| 1 | 65.00 | +4.00 | - | - | +1.00 (6) |")
+    definitions = "\n".join(table)
+    assert "- 95 % interval: " in definitions and "- over longer: " in definitions
+    with open(tmp_path / "table.csv", newline="") as file:
+        (row,) = [row for row in csv.DictReader(file) if row["loss"] == "nkd"]
+    assert (row["gain_method"], row["gain_low"], row["longer_epochs"], row["longer_low"]) == (
+        "paired", "3.5159", "6", "3.0")
+    assert main([*runs[:2], runs[4]]) == 0  # seeds that are not the same: Welch has one value
+    assert "95 % interval |" not in rows(capsys)[0]
+
+
+# Two teachers
+
+
+def two_teachers(folder: Path) -> list[str]:
+    """Of three seeds, the last of which only the first teacher's student has."""
+    runs = []
+    for seed, accuracies in enumerate([(64, 63), (66, 64), (50, None)]):
+        for name, acc1, teacher_acc1 in zip(("big", "former"), accuracies, (70.0, 70.4)):
+            if acc1 is not None:
+                runs.append(write_run(folder / f"{name}{seed}", acc1, teacher=name, loss="nkd",
+                                      seed=seed, teacher_acc1=teacher_acc1))
+    change(runs[0], teacher=["big", "kernel=51"])
+    change(runs[2], teacher=["big", "kernel=51"])
+    change(runs[4], teacher=["big", "kernel=51"])
+    return runs
+
+
+@pytest.mark.parametrize("words", [["big", "former"], ["big kernel=51", "former"], ["all"]])
+def test_teachers_are_compared_over_the_seeds_of_both(tmp_path, capsys, words):
+    runs = two_teachers(tmp_path)
+    assert main([*runs, "--versus", *words, "--out", str(tmp_path / "t")]) == 0
+    table = rows(capsys)
+    # 1 and 2: mean 1.5, 12.706 * 0.7071 / sqrt(2) to each side.
+    assert ("| big kernel=51 | 70.00 | former | 70.40 | small | nkd | 3 | 2 | +1.50 +- 0.71 | "
+            "[-4.85, +7.85] |") in table
+    assert "- A - B: " in "\n".join(table)
+    with open(tmp_path / "t-versus.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert (row["difference"], row["std"], row["n"], row["reason"]) == ("1.5", "0.7071", "2", "")
+    assert "A - B" in (tmp_path / "t.md").read_text()
+
+
+def test_the_second_named_is_taken_from_the_first(tmp_path, capsys):
+    assert main([*two_teachers(tmp_path), "--versus", "former", "big"]) == 0
+    assert "| -1.50 +- 0.71 | [-7.85, +4.85] |" in "\n".join(rows(capsys))
+
+
+@pytest.mark.parametrize("acc1, flags, shown", [
+    (70.5, [], "| 1 | +1.00 | - |"),
+    (70.51, [], "| 0 | not compared: the teachers differ by 0.51 points, more than --tolerance 0.5 "
+     "| - |"),
+    (70.51, ["--tolerance", "1"], "| 1 | +1.00 | - |"),
+    (70.2, ["--tolerance", "0.1"], "differ by 0.20 points, more than --tolerance 0.1"),
+    (None, ["--tolerance", "100"], "not compared: the accuracy of a teacher is not known")])
+def test_unequal_teachers_are_not_compared(tmp_path, capsys, acc1, flags, shown):
+    known = {} if acc1 is None else {"teacher_acc1": acc1}
+    runs = [write_run(tmp_path / "a", 64.0, teacher="big", loss="nkd", teacher_acc1=70.0),
+            write_run(tmp_path / "b", 63.0, teacher="former", loss="nkd", **known)]
+    assert main([*runs, "--versus", "big", "former", *flags]) == 0
+    table = rows(capsys)
+    assert shown in "\n".join(table)
+    assert any("| +1.00 |" in line for line in table) == (" +1.00 " in shown)
+
+
+def test_only_what_differs_in_the_teacher_alone_is_compared(tmp_path, capsys):
+    """Not another loss, rate or number of epochs; seeds that nothing shares are said."""
+    first = write_run(tmp_path / "a", 64.0, teacher="big", loss="nkd", teacher_acc1=70.0)
+    others = [write_run(tmp_path / "b", 63.0, teacher="former", loss="kd", teacher_acc1=70.0),
+              write_run(tmp_path / "c", 63.0, teacher="former", loss="nkd", lr=1.0),
+              write_run(tmp_path / "d", 63.0, teacher="former", loss="nkd", epochs=9)]
+    assert main([first, *others, "--versus", "big", "former"]) == 0
+    assert "No two rows differ in these teachers only." in rows(capsys)
+    late = write_run(tmp_path / "e", 63.0, teacher="former", loss="nkd", seed=5, teacher_acc1=70.0)
+    assert main([first, late, "--versus", "big", "former"]) == 0
+    assert "| 0 | not compared: no seed in common | - |" in "\n".join(rows(capsys))
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--versus", "big", "formr"], "no finished run has the teacher 'formr'. Known here: big, "),
+    (["--versus", "big"], "--versus takes two teachers, or the word all; got big."),
+    (["--tolerance", "1"], "--tolerance does nothing without --versus."),
+    (["--versus", "all", "--tolerance", "-1"], "at least 0")])
+def test_what_cannot_be_compared_is_said(tmp_path, capsys, flags, message):
+    assert main([*two_teachers(tmp_path), *flags]) == 2
+    assert message in capsys.readouterr().err

@@ -22,6 +22,7 @@ from data.datasets import DATASETS
 from losses import create_losses
 from models import VisionModel, create_model
 from models.published import published_source
+from run_scripts.equalise import Trained, add_asked, decide, next_training, read_asked
 from utils import config
 from utils.checkpoint import FREE_ON_RESUME, run_name
 from utils.optim import resolve_batch
@@ -31,8 +32,10 @@ ROOT = Path(__file__).parent.parent
 RUN_SCRIPTS = ROOT / "run_scripts"
 EXPERIMENTS = sorted(RUN_SCRIPTS.glob("*/*.sh"))  # teachers/, students/, studies/
 TRAININGS = [path for path in EXPERIMENTS
-             if path.stem not in ("robustness", "receptive_fields", "imagenette128_erf")]
-ON_IMAGENET = [path for path in TRAININGS if "imagenette" not in path.name]
+             if path.stem not in ("robustness", "receptive_fields", "imagenette128_erf",
+                                  "equal_teachers", "equal_teachers_gpu")]
+ON_IMAGENET = [path for path in TRAININGS
+               if "imagenette" not in path.name and path.stem != "teacher_cache"]
 NAMES = dict(ids=lambda path: path.relative_to(ROOT).as_posix())
 
 
@@ -550,6 +553,215 @@ def test_the_study_measures_what_it_trained(tmp_path):
     assert {*used} == made
 
 
+# Equal teachers
+
+RULE = {"longest": 16, "tolerance": 0.5, "tries": 4, "first_seed": 100}
+
+
+def runs_of(**families: dict[tuple[int, int], float]) -> dict[str, list[Trained]]:
+    """family={(epochs, seed): top-1}"""
+    return {family: [Trained(family, epochs, seed, acc1) for (epochs, seed), acc1 in runs.items()]
+            for family, runs in families.items()}
+
+
+@pytest.mark.parametrize("known, epochs, seed", [
+    ({8: 62.0}, 4, 100),  # above: half as many
+    ({8: 55.0}, 16, 100),  # below: twice as many
+    ({8: 55.0, 16: 59.0}, 16, 101),  # which are the most
+    ({4: 59.0, 16: 61.0}, 8, 100),  # half of the way on a scale of log(epochs)
+    ({8: 62.0, 7: 59.4}, 7, 101),  # nothing between: the nearer one again
+    ({8: 60.6, 7: 59.0}, 8, 101),
+    ({1: 61.0, 8: 62.0}, 1, 101)])
+def test_the_next_training_of_a_teacher(known, epochs, seed):
+    """The target is 60 %."""
+    runs = [Trained("slak", number, 100, acc1) for number, acc1 in known.items()]
+    assert next_training(runs, 60.0, 16, 100)[:3] == ("slak", epochs, seed)
+
+
+def test_all_but_the_weakest_begin_with_half_of_the_longest_schedule():
+    wanted, _, _ = decide(runs_of(swin={}, slak={}), **RULE)
+    assert [run[:3] for run in wanted] == [("swin", 16, 100), ("slak", 8, 100)]
+
+
+def test_teachers_within_the_tolerance_are_taken():
+    """The best such choice, whichever runs it is of; without one, that with the smallest spread
+    once no family may be trained again."""
+    runs = runs_of(swin={(16, 100): 60.0}, slak={(8, 100): 61.0, (6, 100): 60.5})
+    wanted, choice, is_equal = decide(runs, **RULE)
+    assert not wanted and is_equal and [run.epochs for run in choice] == [16, 6]
+    runs["slak"].append(Trained("slak", 7, 100, 60.2))
+    assert decide(runs, **RULE)[1][1].epochs == 7  # a smaller spread at the same lowest
+    runs = runs_of(swin={(16, 100): 60.0}, slak={(8, 100): 61.0, (6, 100): 59.0, (7, 100): 60.6})
+    wanted, choice, is_equal = decide(runs, **RULE)
+    assert [(run.family, run.epochs, run.seed) for run in wanted] == [("slak", 7, 101)]
+    wanted, choice, is_equal = decide(runs, **{**RULE, "tries": 3})
+    assert not wanted and not is_equal and [run.epochs for run in choice] == [16, 7]
+
+
+def test_the_weakest_is_the_target():
+    """Whichever it is: the others come down to it, the one named first, too."""
+    runs = runs_of(swin={(16, 100): 60.0}, slak={(8, 100): 55.0, (16, 100): 58.0})
+    wanted, _, _ = decide(runs, **RULE)
+    assert [(run.family, run.epochs) for run in wanted] == [("swin", 8)]
+
+
+def test_what_was_asked_for_is_added_whole(tmp_path):
+    first, second = Trained("swin", 16, 100), Trained("slak", 8, 100)
+    add_asked(tmp_path / "asked.txt", [first])
+    add_asked(tmp_path / "asked.txt", [second])
+    assert [run[:3] for run in read_asked(tmp_path / "asked.txt")] == [first[:3], second[:3]]
+    assert [path.name for path in tmp_path.iterdir()] == ["asked.txt"]
+
+
+FAKE_TRAINING = """
+import json, math, os, pathlib, sys
+words = sys.argv[1:]
+if words[0] == "-m":
+    out = pathlib.Path(words[words.index("--out") + 1])
+    name = words[1].split(".")[1]
+    out = out if name == "curves" else out / name
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".md").write_text("table of " + name)
+    out.with_suffix(".png").write_text("image")
+    sys.exit()
+def value(flag, number=1):
+    start = words.index(flag) + 1
+    end = next((i for i, word in enumerate(words[start:], start) if word.startswith("--")), None)
+    return words[start:end]
+folder, epochs = pathlib.Path(value("--output-dir")[0]), int(value("--epochs")[0])
+seed, student = int(value("--seed")[0]), value("--student")
+taught = "--teacher-weights" in words
+if taught and not pathlib.Path(value("--teacher-weights")[0]).is_file():
+    sys.exit("train_kd.py: error: no such teacher")
+if os.environ.get("FAIL") and os.environ["FAIL"] in str(folder):
+    print("epoch 1: 10%\\rtrain_kd.py: error: out of luck", file=sys.stderr)
+    sys.exit(2)
+folder.mkdir(parents=True, exist_ok=True)
+better = {"slak_nano": 4, "swin_nano": 0}.get(student[0], -5)
+acc1 = 50 + better + 3 * math.log2(epochs) + seed % 100 / 10 + (5 if taught else 0)
+args = {"teacher": value("--teacher"), "student": student, "epochs": epochs, "seed": seed,
+        "loss": [["nkd"], ["fd"]] if taught else [["ce"]]}
+(folder / "args.yaml").write_text(json.dumps(args))
+lines = [{"epoch": i, "test_acc1": acc1, "teacher_acc1": 62.0 if taught else None}
+         for i in range(epochs)]
+(folder / "log.txt").write_text("".join(json.dumps(line) + "\\n" for line in lines))
+(folder / "checkpoint-last.pth").touch()
+"""
+
+TRAINING = r"""#!/usr/bin/env bash
+case " $* " in
+    *" -m analysis.report "*) exec "$REAL" "$@" ;;
+    */train_kd.py\ * | *" -m analysis."*)
+        printf '%s\n' "$*" >> "$ASKED"
+        if [[ "$1" == -m ]]; then exec "$REAL" "$FAKE" "$@"; fi
+        exec "$REAL" "$FAKE" "${@:2}" ;;
+    *) exec "$REAL" "$@" ;;
+esac
+"""
+
+
+def study(folder: Path, *words: str, name: str = "equal_teachers", **environment: str
+          ) -> tuple[subprocess.CompletedProcess, list[str]]:
+    """It with trainings that take no time: a SLaK is four points better than a Swin, and each
+    doubling of the epochs is worth three."""
+    folder.mkdir(exist_ok=True)
+    (folder / "fake.py").write_text(FAKE_TRAINING.replace("\\\\", "\\"))
+    settings = {"TEACHERS": "swin slak", "LOSSES": "nkd+fd", "TEACHER_EPOCHS": "16", "EPOCHS": "2",
+                "FAKE": str(folder / "fake.py"), **environment}
+    return run_script(script(name), folder, *words, python=TRAINING, **settings)
+
+
+def test_the_study_of_equal_teachers_ends_in_one_report(tmp_path):
+    result, lines = study(tmp_path, "hours", OUT="my runs/of hours")
+    assert result.returncode == 0, result.stderr
+    teachers = [re.search(r"--output-dir my runs/of hours/teachers/(\S+)", line) for line in lines]
+    # 62 is the target: SLaK has 63 after 8 epochs and 60 after 4; 4 * 2 ** (2 / 3) is about 6.
+    assert [found[1] for found in teachers if found] == [
+        "swin-16ep-seed100", "slak-8ep-seed100", "slak-4ep-seed100", "slak-6ep-seed100"]
+    assert "teachers: equal within 0.5 points" in result.stdout
+    students = [line for line in lines if "/students/" in line and "train_kd.py" in line]
+    assert len(students) == 2 * (1 + 1 + 2)
+    assert {re.search(r"--teacher-weights .+/(\S+)/checkpoint", line)[1] for line in students
+            if "--teacher-weights" in line} == {"swin-16ep-seed100", "slak-6ep-seed100"}
+    out = tmp_path / "my runs" / "of hours"
+    report = (out / "report.md").read_text()
+    for part in ("    slak 6 100", "The teachers are equal within 0.5 points", "| nkd + fd |",
+                 "One teacher of each family", "A - B", "over longer", "table of similarity",
+                 "table of erf", "![erf](erf.png)", "![curves](curves.png)"):
+        assert part in report, part
+    assert (out / "erf.png").exists() and "95 % interval" in result.stdout
+    # which finds every teacher chosen
+    again, more = study(tmp_path, "hours", OUT="my runs/of hours")
+    assert again.returncode == 0 and (out / "report.md").read_text() == report
+    assert not any("/teachers/" in line and "--output-dir" in line and "train_kd" in line
+                   and "/students/" not in line for line in more)
+
+
+def test_the_first_training_that_fails_ends_the_study_with_its_sentence(tmp_path):
+    result, lines = study(tmp_path, "hours", FAIL="alone-seed1", JOBS="1")
+    assert result.returncode == 2 and not any("analysis." in line for line in lines)
+    sentence, where = result.stderr.splitlines()[-2:]
+    assert sentence == "train_kd.py: error: out of luck"
+    assert where == ("equal_teachers.sh: convnext_bn-alone-seed1 ended with 2; its log is runs/"
+                     "equal_teachers-hours/logs/convnext_bn-alone-seed1.log")
+    assert "alone-seed1" in lines[-1]
+    result, lines = study(tmp_path, "hours", JOBS="1")
+    assert result.returncode == 0 and not any("slak-8ep" in line and "--epochs 8" in line
+                                              for line in lines)
+
+
+@pytest.mark.parametrize("size", ["minutes", "hours", "full"])
+def test_every_cell_of_the_study_can_be_built(size, tmp_path):
+    every = {"LOSSES": "kd nkd ce+fd nkd+fd", "STUDENTS": "convnext_bn resnet",
+             "TEACHERS": "slak convnext_bn resnet swin deit"}
+    runs = trainings(script("equal_teachers"), tmp_path, size, "--dry-run",
+                     **({} if size == "full" else every))
+    for run in runs:
+        check_that_it_can_be_built(run)
+    if size == "full":
+        assert len(runs) == 2 * (36 + 12 + 3 + 2) and {run.seed for run in runs} == {0, 1}
+        return
+    assert len(runs) == 5 + 2 * 2 * (2 + 5 * 4)
+    assert {run.seed for run in runs} == {0, 1, 100} and all(run.dry_run for run in runs)
+    teachers = [run for run in runs if run.seed == 100]
+    sizes = [build(tuple(run.student)).num_parameters for run in teachers]
+    assert max(sizes) < 2.5 * min(sizes)
+    for student in ("alone", "longer"):
+        assert sum(f"-{student}-seed" in str(run.output_dir) for run in runs) == 4
+
+
+@pytest.mark.parametrize("words, environment, message", [
+    ([], {}, "say how large: bash run_scripts/studies/equal_teachers.sh minutes, hours or full."),
+    (["days"], {}, "say how large"), (["hours"], {"DATA": ""}, "set DATA to the folder"),
+    (["hours"], {"TEACHERS": "slak swan"}, "no such teacher: 'swan'"),
+    (["minutes"], {"STUDENTS": "swin"}, "no such student: 'swin'"),
+    (["hours"], {"JOBS": "0"}, "JOBS is '0'; it must be a whole number, 1 or more.")])
+def test_what_the_study_cannot_do_is_said(words, environment, message, tmp_path):
+    result, lines = study(tmp_path, *words, **environment)
+    assert result.returncode == 2 and not lines
+    (sentence,) = result.stderr.splitlines()
+    assert sentence.startswith("equal_teachers.sh: ") and message in sentence
+
+
+@pytest.mark.parametrize("top", [".", "imagenette128"])
+def test_the_study_of_an_archive_leaves_few_files(top, tmp_path):
+    for part in ("train", "val"):
+        (tmp_path / "made" / top / part).mkdir(parents=True)
+    bash("tar -cf images.tar -C made .", tmp_path)
+    for _ in range(2):
+        result, lines = study(tmp_path, "images.tar", "results", name="equal_teachers_gpu")
+        assert result.returncode == 0, result.stderr
+        assert {*re.findall(r"--data-path (\S+)", " ".join(lines))} == {
+            str(Path("runs/unpacked") / top)}
+        assert result.stdout.rstrip().endswith("are not compared.")
+        assert {path.name for path in (tmp_path / "results").iterdir()} == {
+            "report.md", "erf.png", "curves.png", "table.csv", "table-versus.csv", "logs.tar.gz"}
+    listed = bash("tar -tzf results/logs.tar.gz", tmp_path).stdout
+    assert "students/convnext_bn-alone-seed1/log.txt" in listed and "pth" not in listed
+    result, _ = study(tmp_path, "none.tar", "results", name="equal_teachers_gpu")
+    assert result.returncode == 2 and "no such archive: none.tar" in result.stderr
+
+
 @pytest.mark.parametrize("name, parser, number", [
     ("robustness", evaluation.build_parser, 3 * 6), ("receptive_fields", erf_parser, 1)])
 def test_what_scripts_evaluate(name, parser, number, tmp_path):
@@ -611,18 +823,22 @@ else exec "$REAL" "$@"; fi
 """
 
 
+@pytest.mark.parametrize("words", [["temperatures-120ep"], ["equal_teachers", "hours"],
+                                   ["equal_teachers_gpu", "images.tar", "results"]], ids=repr)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_reaches_the_training_and_ends_the_loop(number, tmp_path):
+def test_a_signal_reaches_the_training_and_ends_the_loop(number, words, tmp_path):
     """As a batch system's does, to this one process; Ctrl-C reaches the training by itself, too."""
     python, asked = tmp_path / "python", tmp_path / "asked"
     python.write_text(SAVING)
     python.chmod(0o755)
+    (tmp_path / "train").mkdir()
+    bash("tar -cf images.tar train", tmp_path)
     process = subprocess.Popen(
-        ["bash", str(script("temperatures-120ep"))], cwd=ROOT, stderr=subprocess.PIPE,
+        ["bash", str(script(words[0])), *words[1:]], cwd=tmp_path, stderr=subprocess.PIPE,
         # Where the tests run in the background Ctrl-C is ignored, and bash cannot trap it.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         env={"PATH": os.environ["PATH"], "PYTHON": str(python), "DATA": str(tmp_path),
-             "ASKED": str(asked), "REAL": sys.executable, "GPUS": "1"})
+             "ASKED": str(asked), "REAL": sys.executable, "GPUS": "1", "JOBS": "1"})
     deadline = time.monotonic() + 30
     while not (asked.exists() and asked.read_text()) and time.monotonic() < deadline:
         time.sleep(0.05)

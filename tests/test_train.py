@@ -258,11 +258,11 @@ def torchrun(*words: str, program: str = "train_kd.py") -> str:
 
 
 def test_two_processes_equal_one(tmp_path):
-    """The same global batches: no mixup (drawn per process), a student without BatchNorm; a large
-    Adam eps so that rounding does not decide the sign of an update."""
-    words = [*TAUGHT, "--loss", "nkd", "--loss", "fd", "weight=0.1", "--mixup", "0", "--cutmix",
-             "0", "--opt-eps", "1e-3", "--effective-batch", "32", "--model-ema",
-             "--model-ema-decay", "0.9"]
+    """The same global batches, mixed in pairs; a student without BatchNorm; a large Adam eps so
+    that rounding does not decide the sign of an update."""
+    words = [*TAUGHT, "--loss", "nkd", "--loss", "fd", "weight=0.1", "--mixup-mode", "pair",
+             "--opt-eps", "1e-3", "--effective-batch", "32", "--model-ema", "--model-ema-decay",
+             "0.9"]
     assert train(tmp_path / "one", *words, "--batch-size", "16") == 0  # 2 micro-batches of 16
     torchrun(*SMALL, *words, "--batch-size", "8", "--output-dir", str(tmp_path / "two" / "run"))
     one, two = read_log(tmp_path / "one"), read_log(tmp_path / "two")

@@ -31,7 +31,7 @@ GUESSES = [
     ("flag", "--hlfip", "--hflip"), ("flag", "--smothing", "--smoothing"),
     ("flag", "--workers", "--num-workers"), ("flag", "--num-work", "--num-workers"),
     ("flag", "--teach", "--teacher"), ("flag", "--outputdir", "--output-dir"),
-    ("flag", "--data", "--data-path' or '--data-set"),
+    ("flag", "--data", "--data-on' or '--data-path' or '--data-set"),
     ("model", "slak-t", "slak_t"), ("model", "salk_t", "slak_t"), ("model", "ResNet50", "resnet50"),
     ("model", "swin", "swin_nano' or 'swin_t"), ("model", "deit", "deit_s"),
     ("model", "convnxt_t", "convnext_t"), ("loss", "nkdd", "nkd"), ("loss", "dk", "kd"),

@@ -134,7 +134,9 @@ def describe_changes(saved: dict[str, Any], current: dict[str, Any],
     names = [name for name in {**saved, **current} if name not in free]
     return [f"{name}: {str(saved.get(name, 'not set'))[:200]} there, "
             f"{str(current.get(name, 'not set'))[:200]} here"
-            for name in names if saved.get(name) != current.get(name)]
+            for name in names if saved.get(name) != current.get(name)
+            and not all(values.get(name) in SAME_ON_RESUME.get(name, ())
+                        for values in (saved, current))]
 
 
 LAST = "checkpoint-last.pth"
@@ -152,9 +154,13 @@ FREE_ON_RESUME = frozenset({
     "save_freq", "save_num", "save_best", "save_every_steps", "log_to", "tensorboard",
     "skip_bad_images", "data_path", "student_weights", "student_weights_key", "compile",
     "compile_teacher", "channels_last", "batch_size", "accum_steps", "world_size", "git", "dry_run",
-    "large_kernel",
+    "large_kernel", "teacher_cache", "teacher_cache_only", "fill_cache",
     "teacher_stream", "log_kd_health",  # these two: only files of older versions have them
     TEACHER})  # what the teacher's weights are is compared by `restore`, wherever they lie
+
+
+# Values of a setting that compute the same: the bytes of the images lie elsewhere.
+SAME_ON_RESUME = {"data_on": ("ram", "device")}
 
 
 def run_name(teacher: list[str], student: list[str], losses: list[list[str]], epochs: int,

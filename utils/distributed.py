@@ -7,7 +7,7 @@ import signal
 import socket
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -264,6 +264,11 @@ def is_first_here() -> bool:
     return int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 
+def num_processes_here() -> int:
+    """Processes of this machine, as far as torchrun says it."""
+    return _number(os.environ, "LOCAL_WORLD_SIZE", 1)
+
+
 def num_cores() -> int:
     """Processor cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
@@ -306,6 +311,18 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
+
+
+def gather_rows(rows: Tensor, counts: Sequence[int]) -> list[Tensor] | None:
+    """On the first process the rows (n, ...) of each, `counts` of them; None on the others."""
+    assert len(rows) == counts[rank()], f"{len(rows)} rows, expected {counts[rank()]}"
+    if not dist.is_initialized():
+        return [rows]
+    padded = rows.new_zeros(max(counts), *rows.shape[1:])  # all send as many
+    padded[:len(rows)] = rows
+    shares = [torch.empty_like(padded) for _ in counts] if is_main() else None
+    dist.gather(padded, shares)
+    return shares and [share[:count] for share, count in zip(shares, counts)]
 
 
 def broadcast(tensor: Tensor) -> None:

@@ -86,6 +86,15 @@ def delete_leftovers(folder: Path, patterns: tuple[str, ...]) -> None:
                 path.unlink()
 
 
+def version_of(path: Path) -> tuple[int, ...] | None:
+    """What changes whenever a file is replaced; None where there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
 def host_name() -> str:
     return re.sub(r"[^\w.-]+", "_", platform.node()) or "unknown"
 

@@ -1,4 +1,4 @@
-"""The owner of a run folder: one start at a time writes into it."""
+"""The owner of a folder, a run's or a cache's: one start at a time writes into it."""
 import errno
 import os
 import re
@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import BinaryIO
 
-from utils.files import could_not_write, host_name
+from utils.files import could_not_write, host_name, version_of
 from utils.registry import UserError, short
 
 try:
@@ -23,24 +23,34 @@ LINE = re.compile(r"(?P<command>.*)  # .*process (?P<pid>\d+) on (?P<host>\S+) "
                   r"since (?P<start>\S+ \S+)")
 
 
+class FolderInUse(UserError):
+    """Another start holds the folder: `holder`, in words."""
+
+    def __init__(self, message: str, holder: str = "another start") -> None:
+        super().__init__(message)
+        self.holder = holder
+
+
 class FolderLock:
-    """The right to write into a run folder, held from `acquire` until `close` or until the process
+    """The right to write into a folder, held from `acquire` until `close` or until the process
     ends, however it does.
 
-    It is a POSIX record lock on the folder's command.txt, whose last line says who holds it. The
+    It is a POSIX record lock on a file of the folder, whose last line says who holds it. The
     system drops it together with the process. Processes forked from it do not inherit it, unlike
     with flock: a loader's worker that outlives a killed run keeps nobody out. Network disks pass
     it on to their server where they were mounted so. Where there are no locks, `missing` says so
-    in a sentence, and nothing is refused. No other code may open command.txt in this process:
+    in a sentence, and nothing is refused. No other code may open the file in this process:
     closing any such file would drop the lock.
 
     `guarded`: a file in the folder that must not change between now and `acquire`, for what is
-    continued is read before the folder is held.
+    continued is read before the folder is held. `name`: of the locked file. `flag`: what names the
+    folder on the command line.
     """
 
-    def __init__(self, folder: Path, guarded: str) -> None:
-        self.folder, self.path = folder, folder / "command.txt"
-        self.guarded, self.seen = folder / guarded, _version(folder / guarded)
+    def __init__(self, folder: Path, guarded: str, *, name: str = "command.txt",
+                 flag: str = "--output-dir") -> None:
+        self.folder, self.path, self.flag = folder, folder / name, flag
+        self.guarded, self.seen = folder / guarded, version_of(folder / guarded)
         self.missing = ""
         self._file: BinaryIO | None = None
 
@@ -57,14 +67,15 @@ class FolderLock:
                 raise could_not_write(self.path, error, "lock") from None
 
     def acquire(self, note: str) -> None:
-        """Hold the folder, which must exist, and add a line to command.txt: the command, `note`,
-        and who runs it. Raises UserError when another start holds it, or has held it since."""
+        """Hold the folder, which must exist, and add a line to the file: the command, `note`, and
+        who runs it. Raises FolderInUse when another start holds it, or UserError when one has held
+        it since."""
         try:
             while self._file is None or not _is_there(self._file, self.path):
-                self.close()  # of a command.txt that was deleted meanwhile
+                self.close()  # of a file that was deleted meanwhile
                 self._file = open(self.path, "a+b", buffering=0)
                 self._lock(self._file)
-            if _version(self.guarded) != self.seen:
+            if version_of(self.guarded) != self.seen:
                 raise UserError(f"another start has written {self.guarded} while this one was "
                                 "getting ready. Start the same command again to continue from it.")
             start = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -97,8 +108,9 @@ class FolderLock:
                 if error.errno not in HELD:
                     raise
             if time.monotonic() > deadline:
-                raise UserError(f"{self.folder} is in use by {self._holder()}. Wait for its end or "
-                                "stop it, or set another --output-dir.")
+                holder = self._holder()
+                raise FolderInUse(f"{self.folder} is in use by {holder}. Wait for its end or stop "
+                                  f"it, or set another {self.flag}.", holder)
             time.sleep(0.1)
 
     def _note_missing(self, reason: str) -> None:
@@ -112,15 +124,6 @@ class FolderLock:
             return "another start"
         return (f"process {match['pid']} on {match['host']}, started {match['start']} as "
                 f"{short(match['command'])}")
-
-
-def _version(path: Path) -> tuple[int, ...] | None:
-    """What changes whenever a file is replaced; None where there is none."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _is_there(file: BinaryIO, path: Path) -> bool:

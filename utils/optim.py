@@ -27,6 +27,31 @@ def fit_batch(train_size: int, batch_size: int, world_size: int, effective: int,
     return batch_size, min(effective, per_micro_step * num_micro_steps)
 
 
+def resolve_sizes(values: Mapping[str, Any], given: Sequence[str], chosen: Sequence[str]
+                  ) -> dict[str, int]:
+    """What the flags of batch and warm-up come to, by name, given the `values` of all flags, and
+    the data's size and the number of processes. `given`: on the command line; `chosen`: there or in
+    a recipe. Raises UserError where the numbers do not go together."""
+    # images per update = processes x images per process x micro-batches
+    train_size, batch_size = values["train_size"], values["batch_size"]
+    world_size, effective = values["world_size"], values["effective_batch"]
+    if not {"effective_batch", "accum_steps"} & {*chosen}:
+        batch_size, effective = fit_batch(train_size, batch_size, world_size, effective,
+                                          is_fixed="batch_size" in chosen)
+    asked = effective if "effective_batch" in given else None
+    accum_steps = values["accum_steps"]
+    if asked is not None and "accum_steps" not in given:
+        accum_steps = None  # a recipe's; the command line wins
+    accum_steps, effective = resolve_batch(batch_size, world_size, accum_steps, asked,
+                                           default=effective)
+    steps_per_epoch, warmup_steps = updates_per_epoch(train_size, effective), values["warmup_steps"]
+    if warmup_steps is None:
+        warmup_steps = warmup_updates(values["warmup_epochs"], steps_per_epoch, values["epochs"],
+                                      is_fixed="warmup_epochs" in chosen)
+    return {"batch_size": batch_size, "effective_batch": effective, "accum_steps": accum_steps,
+            "steps_per_epoch": steps_per_epoch, "warmup_steps": warmup_steps}
+
+
 def resolve_batch(batch_size: int, world_size: int, accum_steps: int | None, effective: int | None,
                  *, default: int) -> tuple[int, int]:
     """Micro-batches per update, and images per update over all processes.

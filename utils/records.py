@@ -4,6 +4,7 @@ Nothing in them runs, and nothing in them can fill the memory.
 """
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise UserError("it must be a mapping of names to values.")
     return content
+
+
+def yaml_text(values: Mapping[str, Any]) -> str:
+    """The file of which `read_yaml` gives these values, in their order. Tuples become lists."""
+    return yaml.safe_dump(dict(values), sort_keys=False)
+
+
+def as_read(values: Mapping[str, Any]) -> dict[str, Any]:
+    """These values as `read_yaml` would give them."""
+    return yaml.load(yaml_text(values), _Loader)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ class Position(NamedTuple):
 
 
 def position_of(step: int, micro: int, rank: int, *, steps_per_epoch: int, accum_steps: int,
-             epochs_kept: int = 0) -> Position:
+                epochs_kept: int = 0) -> Position:
     """That of micro-batch `micro` of update `step`. Of `epochs_kept` epochs the images come back in
     turn: epoch e has those of epoch e modulo `epochs_kept`; 0: each epoch has its own."""
     step %= epochs_kept * steps_per_epoch or sys.maxsize

@@ -1,20 +1,24 @@
-"""Times side by side, each measured in one run on one machine.
+"""Times and losses side by side, each measured in one run on one machine.
 
     python -m analysis.benchmark masking        # an update of sparse training against a dense one
     python -m analysis.benchmark operator       # the depthwise branches of a SLaK
     python -m analysis.benchmark teacher        # inference of the folded, frozen teacher
     python -m analysis.benchmark step           # a whole step of training or distillation
     python -m analysis.benchmark loader --data-path FOLDER    # decoding and augmentation
+    python -m analysis.benchmark data --data-path FOLDER    # steps fed from disk and from memory
+    python -m analysis.benchmark kept_logits --checkpoint TEACHER STUDENT --data-path FOLDER
+                                                # losses of a teacher's likeliest classes only
 
 Each has flags of its own: python -m analysis.benchmark operator --help
 """
 import sys
 
-from analysis.benchmark import loader, masking, operator, step, teacher
+from analysis.benchmark import feeding, kept_logits, loader, masking, operator, step, teacher
 from utils.registry import did_you_mean
 
 COMMANDS = {"masking": masking, "operator": operator, "teacher": teacher,
-            "step": step, "loader": loader}
+            "step": step, "loader": loader, "data": feeding,
+            "kept_logits": kept_logits}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -120,7 +120,8 @@ def report_section(runs: Sequence[Run], unreadable: Sequence[str]) -> Section:
     if reasons:
         parts.append(f'<ul class="note">{"".join(f"<li>{escape(line)}</li>" for line in reasons)}'
                      "</ul>")
-    words = "\n".join([report.DEFINITIONS, report.DIFFERS]).replace("\n  ", " ").split("\n")
+    words = "\n".join([report.DEFINITIONS, report.LONGER, report.DIFFERS])
+    words = words.replace("\n  ", " ").split("\n")
     items = "".join(f"<li>{escape(line.removeprefix('- '))}</li>" for line in words)
     parts.append(folded("what the columns mean", f'<ul class="note">{items}</ul>', is_open=False))
     return Section("report", "Table", "".join(parts))
