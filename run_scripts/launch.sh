@@ -1,6 +1,7 @@
 # What the experiment scripts share; sourced by each of them, never run. Nothing is installed here.
 #
-# PYTHON    the Python that runs everything (default: python, of the active environment)
+# PYTHON    the Python that runs everything (default: python, of the active environment,
+#           or python3 where there is no python)
 # DATA      the folder that holds train/ and val/
 # GPUS      processes on this machine (default: its GPUs; 1 without any)
 # RUNS      parent of run folders that a script names itself (default: runs)
@@ -17,7 +18,7 @@
 # trained again; one that was stopped goes on.
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-PYTHON=${PYTHON:-python}
+PYTHON=${PYTHON:-$(if command -v python > /dev/null; then echo python; else echo python3; fi)}
 RUNS=${RUNS:-runs}
 RECIPE=${RECIPE:-imagenet}
 export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}  # for python -m analysis.NAME

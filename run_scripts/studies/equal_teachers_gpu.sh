@@ -11,9 +11,7 @@
 # The archive (any that tar reads) holds train/ and val/, at its top or in one folder. RESULTS gets
 # the report, its figures and numbers, and the logs of all runs: at most 8 files, each of at most
 # 16 MiB. Started again on the same machine, it goes on where it was stopped; the work lies in
-# runs/. The settings of equal_teachers.sh (SEEDS, LOSSES, JOBS ...) are taken from the environment,
-# and so is PYTHON; here it is python3 by default, which such a machine has.
-export PYTHON=${PYTHON:-$(command -v python3 || echo python)}
+# runs/. The settings of equal_teachers.sh (SEEDS, LOSSES, JOBS ...) are taken from the environment.
 source "$(dirname "$0")/../launch.sh"
 
 (( $# >= 2 )) || die "give the archive and the folder for the results."

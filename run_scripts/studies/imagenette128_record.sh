@@ -10,11 +10,11 @@
 #     DATA=path/to/imagenette128 bash run_scripts/studies/imagenette128_record.sh
 #     SEEDS="0" ...                                                  # default: 0 1 2
 #
-# A ResNet, for without pretraining networks with patches for a stem are behind on so few images: in
-# 6 epochs at 64 px resnet_nano reached 66, convnext_bn_nano 51 (n = 1). The teacher is of the same
-# kind, deeper and trained longer, and asked about the student's own crops and mixtures throughout
-# ("Knowledge distillation: A good teacher is patient and consistent", arXiv 2106.05237). The
-# leaderboard's images were resized and cropped; squashed ones are compared only with that remark.
+# A ResNet, for its stem of overlapping convolutions suits so few images better than one that cuts
+# them into patches. The teacher is of the same kind, deeper and trained longer, and asked about the
+# student's own crops and mixtures throughout ("Knowledge distillation: A good teacher is patient and
+# consistent", arXiv 2106.05237). The leaderboard's images were resized and cropped; squashed ones are
+# compared only with that remark.
 GPUS=${GPUS:-1}
 source "$(dirname "$0")/../launch.sh"
 

@@ -26,7 +26,7 @@ shapes() {
 learn() {
     shapes --output-dir "$RUNS/$1-seed$2" --seed "$2" --teacher $TEACHER \
         --teacher-weights "$(weights_in "$RUNS/teacher-seed$2")" --student convnext_bn_pico \
-        --data-set outlines train_size=3000 val_size=1000 cache=ram --epochs 10 \
+        --data-set outlines train_size=3000 val_size=1000 cache=ram --epochs 6 \
         --mixup 0.2 "${@:3}"
 }
 
