@@ -3,7 +3,7 @@
 # logits, whose losses must be equal in all digits; then students of one and of two kept epochs.
 # Table:    none (a check of --teacher-cache)
 # GPUs:     none; one process on the CPU (GPUS=2: two)
-# Cost:     about 3 minutes for each seed on one free core
+# Cost:     8 minutes of processor time for the first six students of a seed; the others not measured
 # Expected: the tables of docs/teacher_cache.md
 #
 #     SEEDS="0 1 2" LOSSES="nkd kd dkd" bash run_scripts/studies/teacher_cache.sh
