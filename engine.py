@@ -4,16 +4,18 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.content import Named, entry
-from utils.distributed import rank, sum_over_ranks, world_size
+from utils.cuda_graphs import Captured
+from utils.distributed import average_gradients, rank, sum_over_ranks, world_size
 from utils.log import Meter, peak_memory_gib, print_once, progress
+from utils.metrics import no_samples, sample_results, teacher_metrics
 from utils.optim import ModelEma, optimizer_form, restore_optimizer, set_hyperparameters
 from utils.registry import NonFiniteLoss, UserError
 from utils.rng import Position, fold_seed, position_of
@@ -38,7 +40,8 @@ class Teacher(Protocol):
     """What the step asks of a teacher: models.distiller.FrozenTeacher, or its kept logits."""
 
     def teach(self, images: Tensor, position: Position) -> Any:
-        """Logits and feature maps of a micro-batch, given what the student sees of it."""
+        """Logits and feature maps of a micro-batch, given what the student sees of it; valid until
+        the next call."""
 
     def evaluated(self, evaluate: Callable[[nn.Module], Any]) -> Any:
         """What `evaluate` gives of the teacher's network, or gave before."""
@@ -59,6 +62,7 @@ class TrainState:
     best: dict[str, float] = field(default_factory=dict)  # best_acc1, best_acc1_ema, percent
     classes: list[str] = field(default_factory=list)  # names by label, for whoever reads the file
     meter: Meter = field(default_factory=Meter)  # of the epoch in progress
+    captured: Captured = field(default_factory=Captured)  # forward and backward, where it is on
 
     def networks(self) -> dict[str, nn.Module]:
         """What is evaluated, by the suffix of its log keys: the student and its average."""
@@ -140,14 +144,16 @@ def copy_state(saved: Mapping[str, Tensor], module: nn.Module) -> None:
 def build_state(distiller: nn.Module, optimizer: torch.optim.Optimizer, *, device: torch.device,
                 amp_dtype: torch.dtype | None, ema: ModelEma | None = None,
                 sparsity: Masks | None = None, wrapped: nn.Module | None = None,
-                classes: Sequence[str] = ()) -> TrainState:
-    """The state of a run that begins. `wrapped`: the distiller in DDP; None: the distiller."""
+                captured: Captured | None = None, classes: Sequence[str] = ()) -> TrainState:
+    """The state of a run that begins. `wrapped`: the distiller in DDP; None: the distiller.
+    `captured`: what calls forward and backward; None: directly."""
     best = {"best_acc1": -math.inf}
     if ema is not None:
         best["best_acc1_ema"] = -math.inf
     return TrainState(
         distiller=distiller, optimizer=optimizer, ema=ema, sparsity=sparsity,
         wrapped=distiller if wrapped is None else wrapped, best=best, classes=list(classes),
+        captured=captured or Captured(),
         scaler=torch.amp.GradScaler(device.type, enabled=amp_dtype is torch.float16))
 
 
@@ -235,45 +241,37 @@ def accumulate_gradients(state: TrainState, batches: Iterator, teacher: Teacher 
         position = options.position(state.step, micro)
         images, targets = mix(images, labels, position)
         torch.manual_seed(fold_seed(options.seed, "drop path", state.step, micro, rank()))
-        is_last = micro + 1 == options.accum_steps
-        is_ddp = isinstance(state.wrapped, DistributedDataParallel)
-        with nullcontext() if is_last or not is_ddp else state.wrapped.no_sync():
+        teacher_output = None
+        if teacher is not None:
             with options.autocast():
-                teacher_output = None
-                if teacher is not None:
-                    teacher_output = teacher.teach(images, position)
-                total, terms, student_logits = state.wrapped(images, targets, teacher_output)
-            state.scaler.scale(total / options.accum_steps).backward()
-        state.meter.add({**terms, "loss": total}, state.step)
-        if teacher_output is not None:
-            state.meter.add(teacher_metrics(student_logits, teacher_output.logits, targets),
-                            state.step)
+                teacher_output = teacher.teach(images, position)
+        is_last = micro + 1 == options.accum_steps
+        values = state.captured(partial(forward_backward, state, options, is_last),
+                                images, targets, teacher_output)
+        for group in values:
+            state.meter.add(group, state.step)
     return num_images
 
 
-def teacher_metrics(student_logits: Tensor, teacher_logits: Tensor | None,
-                    targets: Tensor) -> dict[str, Tensor]:
-    """What passes from teacher to student on a training batch, as scalars; nothing for a teacher
-    without logits.
-
-    - `teacher_acc1`: percent of the images whose top class by the teacher is the one with the
-      largest target. Of two mixed images that is the one with more of the area or weight.
-    - `teacher_entropy`: of the teacher's softmax, in nats, mean over the images; log K at most.
-    - `agreement`: percent of the images where teacher and student, in training mode, have the same
-      top class.
-    """
-    if teacher_logits is None:
-        return {}
-    labels = targets if targets.dim() == 1 else targets.argmax(1)
-    teacher_logits = teacher_logits.float()
-    top = teacher_logits.argmax(1)
-    return {"teacher_acc1": 100 * (top == labels).float().mean(),
-            "teacher_entropy": torch.special.entr(teacher_logits.softmax(1)).sum(1).mean(),
-            "agreement": 100 * (top == student_logits.argmax(1)).float().mean()}
+def forward_backward(state: TrainState, options: StepOptions, is_last: bool, images: Tensor,
+                     targets: Tensor, teacher_output: Any) -> list[dict[str, Tensor]]:
+    """Add the gradients of one micro-batch, the last one of an update or not; the values to be
+    logged: the losses' and the teacher's. All that it does is launched on the device."""
+    is_ddp = isinstance(state.wrapped, DistributedDataParallel)
+    with nullcontext() if is_last or not is_ddp else state.wrapped.no_sync():
+        with options.autocast():
+            total, terms, student_logits = state.wrapped(images, targets, teacher_output)
+        state.scaler.scale(total / options.accum_steps).backward()
+    values = [{name: value.detach() for name, value in {**terms, "loss": total}.items()}]
+    if teacher_output is not None:
+        values.append(teacher_metrics(student_logits, teacher_output.logits, targets))
+    return values
 
 
 def optimizer_update(state: TrainState, clip_grad: float | None) -> None:
     """Apply the accumulated gradients; the average follows the weights that the update made."""
+    if not isinstance(state.wrapped, DistributedDataParallel):
+        average_gradients(state.distiller.parameters())
     state.scaler.unscale_(state.optimizer)
     limit = math.inf if clip_grad is None else clip_grad
     norm = nn.utils.clip_grad_norm_(state.distiller.parameters(), limit)  # the norm before clipping
@@ -348,7 +346,7 @@ def evaluate(model: nn.Module, loader: Any, *, options: StepOptions, description
                             *sample_results(logits, labels)))
             bar.update()
     model.train(was_training)
-    columns = [torch.cat(column).cpu() for column in zip(*results)] if results else _no_samples()
+    columns = [torch.cat(column).cpu() for column in zip(*results)] if results else no_samples()
     readable = columns.pop(2)
     index, label, top5, prob, loss = (column[readable] for column in columns)
     hits = top5 == label[:, None]
@@ -431,18 +429,3 @@ def epoch_record(state: TrainState, means: dict[str, float], results: dict[str, 
         record["skipped_train"], record["skipped_test"] = sum_over_ranks(bad).tolist()
     record["peak_memory_gib"] = peak_memory_gib(next(state.distiller.parameters()).device)
     return record
-
-
-def sample_results(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Five best classes (N, 5), filled with -1 below five classes; probability of the first (N,);
-    cross-entropy (N,)."""
-    logits = logits.float()
-    prob, top = logits.softmax(1).topk(min(5, logits.shape[1]), dim=1)
-    top = F.pad(top, (0, 5 - top.shape[1]), value=-1)
-    return top, prob[:, 0], F.cross_entropy(logits, labels, reduction="none")
-
-
-def _no_samples() -> list[Tensor]:
-    """What a process has whose share of a tiny data set is empty."""
-    empty = torch.zeros(0, dtype=torch.long)
-    return [empty, empty, empty.bool(), empty.view(0, 5), torch.zeros(0), torch.zeros(0)]

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 import data
 import engine
@@ -57,16 +56,14 @@ def build_parser() -> Parser:
          help="same names")
     flag("--student-weights", default="random", metavar="SOURCE", help="path, URL, or published")
     flag("--student-weights-key", metavar="KEY", help="as for the teacher")
-    flag("--freeze", metavar="WHAT", help="what the student keeps as it is: backbone (all but the "
-         "classifier), or the stem and this number of stages")
+    flag("--freeze", metavar="WHAT", help="of the student: backbone, or a number of stages")
     flag("--loss", nargs="+", action="append", metavar="NAME",
          help="may be repeated; weight=1 and the loss's own options; one of: "
          + ", ".join(losses.list_losses()) + " (default: nkd; ce without a teacher)")
     flag("--bce", action=switch, default=False, help="short for --loss bce")
     flag("--teacher-cache", type=Path, metavar="DIR", help="kept logits; docs/teacher_cache.md")
     flag("--teacher-cache-only", action=switch, default=False, help="never load the teacher")
-    flag("--teacher-cache-top", type=at_least(0), default=0, help="classes kept, 0 = all (default: "
-         "all up to 128 classes, 64 beyond)")
+    flag("--teacher-cache-top", type=at_least(0), default=0, help="classes kept, 0 = all; see there")
     flag("--teacher-cache-epochs", type=at_least(0), default=0, help="kept, used in turn; 0 = all")
     flag("--fill-cache", action=switch, default=False, help="fill it, and train nothing")
 
@@ -82,8 +79,7 @@ def build_parser() -> Parser:
     flag("--scale", type=float, nargs=2, default=[0.08, 1.0], help="area of the random crop")
     flag("--ratio", type=float, nargs=2, default=[3 / 4, 4 / 3], help="aspect of the random crop")
     flag("--hflip", type=between(0.0, 1.0), default=0.5, help="probability of a horizontal flip")
-    flag("--aa", default="rand-m9-mstd0.5-inc1", help="RandAugment policy, ta (TrivialAugment), "
-         "3a (DeiT III's), or none")
+    flag("--aa", default="rand-m9-mstd0.5-inc1", help="a RandAugment policy, ta, 3a, or none; docs/data.md")
     flag("--repeated-aug", action=switch, default=False, help="a third of the images, thrice each")
     flag("--reprob", type=between(0.0, 1.0), default=0.25, help="probability of random erasing")
     flag("--mixup", type=at_least(0.0), default=0.8, help="mixup alpha, 0 = off")
@@ -141,8 +137,8 @@ def add_running_flags(parser: Parser) -> None:
     flag("--auto-resume", action=switch, default=True, help="continue the folder's last checkpoint")
     flag("--save-freq", type=at_least(0), default=10, help="epochs between numbered, 0 = none")
     flag("--save-num", type=at_least(0), default=3, help="numbered checkpoints to keep, 0 = all")
-    flag("--save-best", choices=["weights", "full"], default="weights", help="what best and "
-         "numbered checkpoints hold: weights, or all that a run needs to go on from them")
+    flag("--save-best", choices=["weights", "full"], default="weights", help="full: a run can go on "
+         "from best and numbered checkpoints")
     flag("--save-every-steps", type=at_least(0), default=0, help="updates between saves, 0 = off")
     flag("--print-every", type=at_least(1), default=50, help="updates between looks at the loss")
     flag("--dry-run", action=switch, default=False, help="build and print everything, then stop")
@@ -153,6 +149,7 @@ def add_running_flags(parser: Parser) -> None:
     flag("--channels-last", action=switch, default=True, help="memory layout of feature maps")
     flag("--compile", action=switch, help="torch.compile of student and teacher; default: of the "
          "teacher alone on a GPU, in a run of 300 updates or more")
+    flag("--cuda-graphs", action=switch, help="replay teacher and step; default: on a GPU")
     flag("--large-kernel", choices=ACCEPTED, default="auto", help="backend; docs/performance.md")
 
 
@@ -212,9 +209,9 @@ def main(args: argparse.Namespace) -> int:
     if sparsity is not None and saved is None:  # SNIP computes in float32, hence the limit
         sparsity.start(args.sparse_init, 1 - args.sparsity,
                        lambda: options.to_device(*train_loader.first_batch(most=64)))
-    wrapped, ema = wrap(args, distiller, teacher, device)
-    state = engine.build_state(distiller, optimizer, device=device, amp_dtype=amp_dtype, ema=ema,
-                               sparsity=sparsity, wrapped=wrapped, classes=train_set.classes)
+    state = engine.build_state(
+        distiller, optimizer, device=device, amp_dtype=amp_dtype, sparsity=sparsity,
+        classes=train_set.classes, **wrap(args, distiller, teacher, device))
     if saved is not None:
         checkpoint.restore(state, *saved, settings)
 
@@ -336,6 +333,7 @@ def resolve(args: argparse.Namespace, device: torch.device, *, train_size: int,
     vars(args).update(optim.resolve_sizes(vars(args), args.given, args.chosen))
     args.compile, args.compile_teacher = faults.what_to_compile(
         args.compile, device, args.epochs * args.steps_per_epoch >= COMPILE_FROM)
+    args.cuda_graphs = faults.has_cuda_graphs(args.cuda_graphs, device)
     faults.check_precision(args.amp, device)
     return args
 
@@ -422,16 +420,22 @@ def build_masks(args: argparse.Namespace, student: models.VisionModel,
 
 
 def wrap(args: argparse.Namespace, distiller: Distiller, teacher: FrozenTeacher | None,
-         device: torch.device) -> tuple[nn.Module, optim.ModelEma | None]:
-    """The distiller as the step calls it, and the average of the student if there is one."""
-    ema = None
+         device: torch.device) -> dict[str, Any]:
+    """Of the state: the distiller as the step calls it, what calls that, and the average of the
+    student. The latter two may be None."""
+    ema = captured = None
     if args.model_ema:
         ema = optim.ModelEma(distiller.student, args.model_ema_decay, args.model_ema_warmup)
     if args.compile:
         distiller.compile()  # in place: names in the state dict stay as they are
     if args.compile_teacher and teacher is not None:
         teacher.compile()
-    return distributed.parallelize(distiller, device), ema
+    if args.cuda_graphs and teacher is not None:
+        teacher.capture()
+    if args.cuda_graphs and not (distributed.world_size() > 1 and distiller.has_batch_norm):
+        captured = distiller.capture()  # else its BatchNorms wait for the other processes
+    wrapped = distributed.parallelize(distiller, device, averages=captured is not None)
+    return {"wrapped": wrapped, "captured": captured, "ema": ema}
 
 
 def print_run(args: argparse.Namespace, state: engine.TrainState, teacher: FrozenTeacher | None,
@@ -455,7 +459,8 @@ def print_run(args: argparse.Namespace, state: engine.TrainState, teacher: Froze
     for sentence in optim.describe_schedule(vars(args), args.defaults, args.chosen):
         print_once(sentence)
     what = "all" if args.compile else "teacher" if args.compile_teacher else "nothing"
-    print_once(f"{num_val:,} validation images; {device}, precision {args.amp}, compiled: {what}")
+    print_once(f"{num_val:,} validation images; {device}, precision {args.amp}, compiled: {what}"
+               f"{', replayed from CUDA graphs' * args.cuda_graphs}")
     if state.sparsity is not None:
         print_once(f"sparsity: {state.sparsity.describe()}")
     if args.teacher_cache:

@@ -45,6 +45,9 @@ class VisionModel(nn.Module):
     # Modules, nn.Linear or 1x1 nn.Conv2d, that logits come from: of `weight` and `bias` a row is a
     # class. More than one where logits are a mean of several; () where there is none to be named.
     classifiers: tuple[str, ...] = ("head",)
+    # Whether widths may be filled up in training to what matrix units take, where a network can:
+    # it costs launches, which are dear to the host unless a CUDA graph or a compiler makes them.
+    pads_widths: bool = False
     input_mean: tuple[float, float, float] = IMAGENET_MEAN  # what the weights expect
     input_std: tuple[float, float, float] = IMAGENET_STD
     input_size: int = 224  # side of the images that its weights were trained at, in pixels

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from models.base import FeatureInfo, ModelOutput, VisionModel, register_model
+from models.fused import mlp as fused
 from models.layers import (
     GELU,
     Conv2d,
@@ -51,6 +52,7 @@ class ConvNeXtBlock(nn.Module):
     """x + DropPath(gamma * MLP(LayerNorm(mix(x)))), the MLP on channels-last positions.
 
     `mixer` is the depthwise part; it is registered as `mixer_name`, the checkpoint's name for it.
+    Its `in_any_layout(x)` gives what it gives, channels-last or contiguous, whichever costs less.
     `grn` puts a response normalisation into the MLP, as ConvNeXt V2 does. x may carry channels of
     zeros behind the block's own; they stay zeros.
     """
@@ -70,12 +72,18 @@ class ConvNeXtBlock(nn.Module):
         self.grn = GlobalResponseNorm(4 * dim) if grn else nn.Identity()
         self.pwconv2 = PointwiseLinear(4 * dim, dim)
         self.drop_path = DropPath(drop_path)
+        self.is_plain = False  # nothing but what the fused MLP computes: see `absorb_scales`
 
     def forward(self, x: Tensor) -> Tensor:
-        y = getattr(self, self.mixer_name)(x)
+        mixer, first, last = getattr(self, self.mixer_name), self.pwconv1, self.pwconv2
+        if (self.is_plain and not self.training
+                and fused.can_fuse(x, first.weight, self.parameters())):
+            return fused.mlp(x, mixer.in_any_layout(x), first.weight, first.bias, last.weight,
+                             last.bias, self.norm.eps, self.norm.normalized_shape[0])
+        y = mixer(x)
         y = y.permute(0, 2, 3, 1)  # (N, C, H, W) -> (N, H, W, C)
         # The activation may overwrite what pwconv1 gave (models.layers.GELU).
-        y = self.pwconv2(self.grn(self.act(self.pwconv1(self.norm(y)))))
+        y = last(self.grn(self.act(first(self.norm(y)))))
         if self.gamma is not None:
             y = pad_to(self.gamma, y.shape[-1]) * y
         return x + self.drop_path(y.permute(0, 3, 1, 2))
@@ -96,6 +104,7 @@ class ConvNeXtBlock(nn.Module):
             last.weight.copy_(last.weight.double() * self.gamma.double()[:, None])
             last.bias.copy_(last.bias.double() * self.gamma.double())
             self.gamma = None
+        self.is_plain = isinstance(self.grn, nn.Identity)
 
 
 class ConvNeXtFrame(VisionModel):
@@ -106,9 +115,8 @@ class ConvNeXtFrame(VisionModel):
 
     Inside, maps have widths that are multiples of `width_multiple`, zeros behind their own
     channels. None: of 8 in half precision on a GPU, whose matrix units take rows of 16 bytes, where
-    the network is compiled (called eagerly, the launches of the padding cost more than they gain:
-    docs/performance.md); else the widths as they are. Features, logits, parameters and gradients
-    have the plain widths.
+    it `pads_widths` or is compiled; else the widths as they are. Features, logits, parameters and
+    gradients have the plain widths.
     """
 
     width_multiple: int | None = None
@@ -159,7 +167,7 @@ class ConvNeXtFrame(VisionModel):
         if self.width_multiple is not None:
             return self.width_multiple
         is_half = images.dtype in (torch.bfloat16, torch.float16)
-        if (torch.compiler.is_compiling() and images.device.type == "cuda"
+        if ((self.pads_widths or torch.compiler.is_compiling()) and images.device.type == "cuda"
                 and (is_half or torch.is_autocast_enabled("cuda"))):
             return 8
         return 1

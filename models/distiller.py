@@ -8,8 +8,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from models.base import ModelOutput, VisionModel
+from utils.cuda_graphs import Captured
 from utils.registry import UserError, one_line
 from utils.rng import Position
 
@@ -62,6 +64,7 @@ class FrozenTeacher(nn.Module):
         self.renormalises = not (data_mean.equal(mean) and data_std.equal(std))
         self.register_buffer("scale", data_std / std)
         self.register_buffer("shift", (data_mean - mean) / std)
+        self.captured = Captured()
         self.train(False)
 
     def train(self, mode: bool = True) -> "FrozenTeacher":
@@ -94,6 +97,10 @@ class FrozenTeacher(nn.Module):
         `forward` stays as it is, for the batches of an evaluation have other sizes."""
         self.forward_with_features = self._call_and_compile
 
+    def capture(self) -> None:
+        """Let `teach` replay a CUDA graph."""
+        self.captured = Captured("the teacher", is_on=True)
+
     def _call_and_compile(self, images: Tensor) -> ModelOutput:
         output = self._run(images)
         self.forward_with_features = torch.compile(self._run)
@@ -108,8 +115,9 @@ class FrozenTeacher(nn.Module):
         return self._run(images)
 
     def teach(self, images: Tensor, position: Position) -> ModelOutput:
-        """As the step asks for it; where a micro-batch stands changes nothing here."""
-        return self.forward_with_features(images)
+        """As the step asks for it; where a micro-batch stands changes nothing here. Valid until the
+        next call."""
+        return self.captured(self.forward_with_features, images)
 
     def evaluated(self, evaluate: Callable[["FrozenTeacher"], Any]) -> Any:
         """As an evaluation asks for it: nothing is known before."""
@@ -202,6 +210,16 @@ class Distiller(nn.Module):
                 modules[name].eval()
         return self
 
+    @property
+    def has_batch_norm(self) -> bool:
+        return any(isinstance(module, _BatchNorm) for module in self.modules())
+
+    def capture(self) -> Captured:
+        """What lets the step replay forward and backward from a CUDA graph. Launches then cost no
+        time of the host's, so the student may fill up its widths."""
+        self.student.pads_widths = True
+        return Captured("the step", self.parameters(), is_on=True)
+
     def describe_frozen(self) -> str:
         trained = sum(parameter.numel() for parameter in self.student.parameters()
                       if parameter.requires_grad)
@@ -217,8 +235,7 @@ class Distiller(nn.Module):
         if self.student.fixed_size and self.student.input_size != size:
             raise UserError(f"the student takes {self.student.input_size} px only, and --input-size"
                             f" is {size}.")
-        has_batch_norm = any(isinstance(module, nn.BatchNorm2d) for module in self.modules())
-        if batch_size == 1 and has_batch_norm:
+        if batch_size == 1 and self.has_batch_norm:
             raise UserError("--batch-size 1 leaves BatchNorm nothing to average over; use 2 or "
                             "more.")
         was_training = self.training

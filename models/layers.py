@@ -81,6 +81,9 @@ class DepthwiseConv2d(nn.Conv2d):
         width = x.shape[1]
         return depthwise_conv2d(x, pad_to(self.weight, width), pad_to(self.bias, width))
 
+    def in_any_layout(self, x: Tensor) -> Tensor:
+        return self(x)
+
 
 def batch_norm(norm: nn.Module, x: Tensor) -> Tensor:
     """`norm`, an nn.BatchNorm2d, nn.SyncBatchNorm or nn.Identity, of a map that may carry channels

@@ -108,7 +108,14 @@ class FoldedLargeKernel(LargeKernelModule):
         self.register_load_state_dict_post_hook(lambda module, _: module.prepared.clear())
 
     def forward(self, x: Tensor) -> Tensor:
-        return depthwise_sum(x, self.kernels(), self.convs[0].bias, self.prepared, self.backend)
+        return self._sum(x, any_layout=False)
+
+    def in_any_layout(self, x: Tensor) -> Tensor:
+        return self._sum(x, any_layout=True)
+
+    def _sum(self, x: Tensor, any_layout: bool) -> Tensor:
+        return depthwise_sum(x, self.kernels(), self.convs[0].bias, self.prepared, self.backend,
+                             any_layout=any_layout)
 
     def kernels(self) -> list[Tensor]:
         return [conv.weight for conv in self.convs]

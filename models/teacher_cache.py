@@ -179,7 +179,7 @@ class CachedTeacher:
                 if (epoch, block) in self._said:
                     rows = within(self.places(batch, position.rank), self.files.rows_of(block))
                     self._said[epoch, block].append(
-                        {name: values[rows] for name, values in kept.items()})
+                        {name: values[rows].clone() for name, values in kept.items()})
         for block in blocks:
             if self._batches_of(block).stop == batch + 1:
                 self._leave(epoch, block)

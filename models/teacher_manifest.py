@@ -35,8 +35,8 @@ FREE = frozenset({
     "sparsity", "sparse_init", "sparse_layers", "prune_rate", "prune_every", "growth",
     "config", "output_dir", "resume", "auto_resume", "save_freq", "save_num", "save_best",
     "save_every_steps", "print_every", "dry_run", "log_to", "tensorboard", "device",
-    "channels_last", "compile", "compile_teacher", "large_kernel", "git", "steps_per_epoch",
-    "teacher_cache", "teacher_cache_only", "teacher_cache_epochs", "fill_cache",
+    "channels_last", "compile", "compile_teacher", "cuda_graphs", "large_kernel", "git",
+    "steps_per_epoch", "teacher_cache", "teacher_cache_only", "teacher_cache_epochs", "fill_cache",
     "teacher_weights", "teacher_weights_key", TEACHER})  # see describe
 # These count where a batch is mixed as a whole: its images are mixed with one another.
 BATCHES = frozenset({"batch_size", "effective_batch", "accum_steps", "world_size"})

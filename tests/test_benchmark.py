@@ -188,7 +188,7 @@ def test_the_steps_differ_as_they_say():
     assert 3 * macs == 4 * macs_alone == 12 * create_model("slak_pico").count_macs(32)
     steps, _ = build_steps(student, teacher, [["nkd"]], common.random_batches(2, 32, 1000, device),
                         common.step_options(device, "none"), has_published=True,
-                        backend="banded", compiled="none", timm_name=None)
+                        backend="banded", compiled="none", cuda_graphs=False, timm_name=None)
     published, ours = steps["published"], steps["ours"]
     assert published.options.memory_format == torch.contiguous_format
     students = [step.state.distiller.student for step in (published, ours)]

@@ -22,6 +22,7 @@ from tests.helpers import (
     micro_slak,
     no_mix,
 )
+from utils.metrics import teacher_metrics
 from utils.registry import NonFiniteLoss
 
 PRECISIONS = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -261,7 +262,7 @@ def test_teacher_metrics_against_their_definitions(is_mixed):
     targets = labels
     if is_mixed:
         targets = 0.7 * torch.eye(10)[labels] + 0.3 * torch.eye(10)[labels.flip(0)]
-    found = engine.teacher_metrics(student, teacher, targets)
+    found = teacher_metrics(student, teacher, targets)
     prob = teacher.softmax(1)
     assert found["teacher_entropy"].item() == pytest.approx(
         -(prob * prob.log()).nan_to_num().sum(1).mean().item(), rel=1e-5)
@@ -274,8 +275,8 @@ def test_teacher_metrics_against_their_definitions(is_mixed):
 
 def test_equal_logits_agree_and_a_teacher_without_logits_gives_no_metrics():
     logits = torch.randn(8, 10)
-    assert engine.teacher_metrics(logits, logits, logits.argmax(1))["agreement"] == 100
-    assert engine.teacher_metrics(logits, None, torch.zeros(8, dtype=torch.long)) == {}
+    assert teacher_metrics(logits, logits, logits.argmax(1))["agreement"] == 100
+    assert teacher_metrics(logits, None, torch.zeros(8, dtype=torch.long)) == {}
 
 
 def test_a_step_with_a_teacher_meters_its_metrics_and_one_without_none():

@@ -3,12 +3,8 @@
 Triton's interpreter must be chosen before Triton is imported, so the kernels run in a process of
 their own: this file, as a script. It prints one line for each comparison that fails.
 """
-import importlib.util
-import os
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,10 +15,9 @@ from models.fused import has_kernels
 from models.fused.depthwise import HAS_TUPLES, depthwise_conv2d
 from models.fused.layer_norm import layer_norm
 from models.layers import DepthwiseConv2d
+from tests.kernels import ON_GPU, ROOT, SUCCESS, needs_gpu, needs_triton, run_script, tell
 
-ROOT = Path(__file__).parent.parent
 TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}  # of the maximum
-SUCCESS = "every comparison holds"
 # (images, channels, height, width), kernel
 MAPS = [((2, 6, 7, 7), 7), ((3, 34, 5, 6), 3), ((1, 2, 1, 2), 7), ((1, 3, 4, 9), 5),
         ((2, 2, 6, 3), 9)]
@@ -112,6 +107,21 @@ def compiled_comparisons(device: str):
         yield "compiled", torch.float32, got, expected.detach().cpu().double()
 
 
+def second_derivatives(device: str) -> list[str]:
+    """Which layers give one, which could only be wrong."""
+    x = torch.randn(1, 8, 5, 5, device=device, dtype=torch.bfloat16)
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    found = []
+    for layer in (Norm(8), DepthwiseConv2d(8, 3)) if HAS_TUPLES else (Norm(8),):
+        gradient, = torch.autograd.grad(layer.to(device)(x).square().sum(), x, create_graph=True)
+        try:
+            gradient.sum().backward()
+        except RuntimeError:
+            continue
+        found.append(f"{type(layer).__name__} has a second derivative")
+    return found
+
+
 class Norm(nn.LayerNorm):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return layer_norm(x.permute(0, 2, 3, 1), self.weight, self.bias, self.eps)
@@ -130,33 +140,19 @@ def failures(device: str) -> list[str]:
         if not error <= TOLERANCES[dtype]:  # NaN, where something was left unwritten, fails
             found.append(f"{what} in {dtype}: error {error:.1e}")
     print("largest errors:", worst)
-    return found
-
-
-def run_script(device: str, **environment: str) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
-    run = subprocess.run([sys.executable, __file__, device], cwd=ROOT, env=environment, text=True,
-                         capture_output=True)
-    if "only 0-dimensional arrays" in run.stderr:
-        pytest.skip("the interpreter of this Triton does not know this NumPy")
-    return run.stdout if run.returncode == 0 else run.stdout + run.stderr
-
-
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None,
-                                  reason="Triton is not installed")
+    return found + second_derivatives(device)
 
 
 @needs_triton
 def test_interpreted_kernels_equal_plain_layers():
-    printed = run_script("cpu", TRITON_INTERPRET="1")
+    printed = run_script(__file__, "cpu", TRITON_INTERPRET="1")
     assert SUCCESS in printed, printed
 
 
 @needs_triton
-@pytest.mark.skipif(shutil.which("nvidia-smi") is None, reason="no GPU")
+@needs_gpu
 def test_kernels_on_a_gpu_equal_plain_layers():
-    """conftest.py hides the GPU from the other tests."""
-    printed = run_script("cuda", CUDA_VISIBLE_DEVICES="0", TRITON_INTERPRET="0")
+    printed = run_script(__file__, "cuda", **ON_GPU)
     assert SUCCESS in printed, printed
 
 
@@ -221,5 +217,4 @@ def test_missing_triton_leaves_plain_layers():
 
 
 if __name__ == "__main__":
-    wrong = failures(sys.argv[1])
-    print("\n".join(wrong) or SUCCESS)
+    tell(failures(sys.argv[1]))

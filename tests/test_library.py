@@ -20,6 +20,7 @@ from models.library import LibraryNetwork, TimmNetwork, stride_of
 from models.weights import load_student, load_teacher, load_trained
 from tests.helpers import fill_by_name, make_batches, make_options, make_state, no_mix
 from utils.classes import imagenet_wnids
+from utils.metrics import teacher_metrics
 from utils.registry import UserError
 
 needs_timm = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason=(
@@ -468,7 +469,7 @@ def test_a_headless_teacher_gives_maps_alone(headless):
     assert [tuple(feature.shape) for feature in output.features] == [
         (6, 16, 16, 16), (6, 32, 8, 8), (6, 64, 4, 4), (6, 128, 2, 2)]
     assert teacher(random_images(6, 64)) is None
-    assert engine.teacher_metrics(torch.zeros(6, 3), output.logits, torch.zeros(6)) == {}
+    assert teacher_metrics(torch.zeros(6, 3), output.logits, torch.zeros(6)) == {}
     with pytest.raises(UserError, match="has no classifier, and a loss needs its logits"):
         load_teacher(["resnet_nano"], headless, None, [*"abc"])
 

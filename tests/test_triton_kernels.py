@@ -3,20 +3,17 @@
 Triton's interpreter must be chosen before Triton is imported, so the comparisons run in a process
 of their own: this file, as a script. It prints one line for each comparison that fails.
 """
-import importlib.util
 import os
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from models.large_kernel.triton import BACKEND, triton
+from tests.kernels import ON_GPU, ROOT, SUCCESS, needs_gpu, needs_triton, run_script, tell
 
-ROOT = Path(__file__).parent.parent
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # of the maximum
 SLAK = ((51, 5), (5, 51), (5, 5))
 # images, channels, (height, width), kernels
@@ -29,7 +26,6 @@ CASES = [
     (1, 1, (18, 40), ((7, 9), (61, 3))),
 ]
 BIG = (1, 1, (70, 66), ((51, 3), (3, 51)))  # more than one tile, reached from afar
-SUCCESS = "every comparison holds"
 
 
 def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
@@ -83,7 +79,7 @@ def failures(device: str, has_all: bool) -> list[str]:
         for what, got, expected in comparisons(case, dtype, device, number % 2 == 1):
             error = relative_error(got, expected)
             worst[dtype] = max(worst[dtype], error)
-            last = what == "total" or what.startswith("input")
+            last = what.startswith("input")
             layout = torch.channels_last if last else torch.contiguous_format
             if (not error <= TOLERANCES[dtype] or not got.is_contiguous(memory_format=layout)
                     or got.dtype not in (dtype, torch.float32)):
@@ -92,37 +88,23 @@ def failures(device: str, has_all: bool) -> list[str]:
     return found
 
 
-def run_script(*arguments: str, **environment: str) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
-    run = subprocess.run([sys.executable, __file__, *arguments], cwd=ROOT, env=environment,
-                         text=True, capture_output=True)
-    if "only 0-dimensional arrays" in run.stderr:
-        pytest.skip("the interpreter of this Triton does not know this NumPy")
-    return run.stdout if run.returncode == 0 else run.stdout + run.stderr
-
-
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None,
-                                  reason="Triton is not installed")
-
-
 @needs_triton
 def test_interpreted_kernels_equal_convolutions():
-    said = run_script("cpu", TRITON_INTERPRET="1")
+    said = run_script(__file__, "cpu", TRITON_INTERPRET="1")
     assert SUCCESS in said, said
 
 
 @needs_triton
 @pytest.mark.slow
 def test_interpreted_kernels_equal_convolutions_in_every_dtype():
-    said = run_script("cpu", "all", TRITON_INTERPRET="1")
+    said = run_script(__file__, "cpu", "all", TRITON_INTERPRET="1")
     assert SUCCESS in said, said
 
 
 @needs_triton
-@pytest.mark.skipif(shutil.which("nvidia-smi") is None, reason="no GPU")
+@needs_gpu
 def test_kernels_on_a_gpu_equal_convolutions():
-    """conftest.py hides the GPU from the other tests."""
-    said = run_script("cuda", "all", CUDA_VISIBLE_DEVICES="0", TRITON_INTERPRET="0")
+    said = run_script(__file__, "cuda", "all", **ON_GPU)
     assert SUCCESS in said, said
 
 
@@ -155,5 +137,4 @@ def test_wrong_arguments_are_named():
 
 
 if __name__ == "__main__":
-    wrong = failures(sys.argv[1], has_all=sys.argv[2:] == ["all"])
-    print("\n".join(wrong) or SUCCESS)
+    tell(failures(sys.argv[1], has_all=sys.argv[2:] == ["all"]))

@@ -154,7 +154,7 @@ FREE_ON_RESUME = frozenset({
     "save_freq", "save_num", "save_best", "save_every_steps", "log_to", "tensorboard",
     "skip_bad_images", "data_path", "student_weights", "student_weights_key", "compile",
     "compile_teacher", "channels_last", "batch_size", "accum_steps", "world_size", "git", "dry_run",
-    "large_kernel", "teacher_cache", "teacher_cache_only", "fill_cache",
+    "large_kernel", "cuda_graphs", "teacher_cache", "teacher_cache_only", "fill_cache",
     "teacher_stream", "log_kd_health",  # these two: only files of older versions have them
     TEACHER})  # what the teacher's weights are is compared by `restore`, wherever they lie
 

@@ -7,7 +7,7 @@ import signal
 import socket
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -173,10 +173,15 @@ def _rank_here() -> int:
     return names[:rank()].count(names[rank()])
 
 
-def parallelize(module: nn.Module, device: torch.device) -> nn.Module:
+def parallelize(module: nn.Module, device: torch.device, *, averages: bool = False) -> nn.Module:
     """`module` in DistributedDataParallel when there are many processes, on GPUs after its own
-    `synchronise_batch_norms()`; itself when there is one."""
+    `synchronise_batch_norms()`; itself when there is one, or when it `averages` its gradients by
+    `average_gradients`. All then start with the first process's values."""
     if world_size() == 1:
+        return module
+    if averages:
+        for value in module.state_dict().values():
+            broadcast(value)
         return module
     device_ids = None
     if device.type == "cuda":
@@ -341,6 +346,19 @@ def broadcast_object(value: object) -> object:
     if dist.is_initialized():
         dist.broadcast_object_list(values, 0)
     return values[0]
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Give every process the mean of all processes' gradients, after the backward pass, where
+    DistributedDataParallel does it within. Which of them are None must be the same everywhere."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if world_size() == 1 or not gradients:
+        return
+    flat = torch.cat([gradient.flatten() for gradient in gradients]).mul_(1 / world_size())
+    dist.all_reduce(flat)
+    parts = flat.split([gradient.numel() for gradient in gradients])
+    torch._foreach_copy_(gradients, [part.view(gradient.shape)
+                                     for part, gradient in zip(parts, gradients)])
 
 
 def broadcast_buffers(module: nn.Module) -> None:

@@ -102,6 +102,14 @@ def check_precision(amp: str, device: torch.device) -> None:
                         "--amp fp16 or none.")
 
 
+def has_cuda_graphs(asked: bool | None, device: torch.device) -> bool:
+    """Whether a run uses CUDA graphs: by default on a GPU. Raises UserError where there is none."""
+    if asked and device.type != "cuda":
+        raise UserError(f"--cuda-graphs needs an NVIDIA GPU; this run is on {device}. Leave the "
+                        "flag out.")
+    return device.type == "cuda" and asked is not False
+
+
 def what_to_compile(asked: bool | None, device: torch.device, is_long: bool) -> tuple[bool, bool]:
     """Whether to compile the student and the teacher. Where nobody said (`asked` is None) it is the
     teacher of a long run on a GPU alone: it takes a minute, which a frozen network soon pays back.

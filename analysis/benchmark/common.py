@@ -287,7 +287,7 @@ def random_batches(batch_size: int, input_size: int, num_classes: int,
 
 def random_state(student: models.VisionModel, teacher: nn.Module | None,
                  loss_specs: list[list[str]], options: engine.StepOptions, *,
-                 keeps_average: bool = False) -> engine.TrainState:
+                 keeps_average: bool = False, cuda_graphs: bool = False) -> engine.TrainState:
     """A run that begins, with AdamW at a small rate. `loss_specs`: NAME key=value ..."""
     teacher_info = None if teacher is None else teacher.feature_info
     distiller = Distiller(student, *create_losses(loss_specs, student.feature_info, teacher_info))
@@ -295,4 +295,5 @@ def random_state(student: models.VisionModel, teacher: nn.Module | None,
     optimizer = optim.build_optimizer("adamw", optim.parameter_groups(distiller, 0.05), lr=1e-4)
     return engine.build_state(distiller, optimizer, device=options.device,
                               amp_dtype=options.amp_dtype,
-                              ema=optim.ModelEma(student) if keeps_average else None)
+                              ema=optim.ModelEma(student) if keeps_average else None,
+                              captured=distiller.capture() if cuda_graphs else None)

@@ -104,10 +104,12 @@ def measure(step: Step, loaders: dict[str, data.Loader], *, num_steps: int, batc
 
 def build_step(spec: list[str], device: torch.device, precision: str, is_compiled: bool,
                num_classes: int) -> Step:
+    """As a run on this device does it: on a GPU from a CUDA graph."""
     torch.manual_seed(0)
     student = model_from_spec(spec, "--student", num_classes=num_classes)
     options = common.step_options(device, precision)
-    state = common.random_state(student, None, [["ce"]], options)
+    state = common.random_state(student, None, [["ce"]], options,
+                                cuda_graphs=device.type == "cuda")
     if is_compiled:
         state.distiller.compile()
     return Step(state, iter(()), None, data.Mixup(num_classes).at, options)

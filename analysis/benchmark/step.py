@@ -8,7 +8,8 @@
 Both are the program's own step (engine.py) on the same images, from the bytes of a loader to the
 update of AdamW. "published" has contiguous maps; a SLaK in its authors' arrangement; and the
 teacher un-folded, its graph kept and back-propagated. "timm, supervised" is the step of the same
-student as timm builds it, without a teacher, by cross-entropy. With --teacher-cache there are two
+student as timm builds it, without a teacher, by cross-entropy. On a GPU ours is replayed from CUDA
+graphs, as in a run; the others are not. With --teacher-cache there are two
 steps more: "supervised", of the same student without a teacher by cross-entropy, and "from the
 cache", which reads the teacher's logits from files that the program has written.
 """
@@ -40,7 +41,10 @@ from models.distiller import FrozenTeacher, frozen_dtype
 from models.kept_logits import DEFAULT_TOP
 from models.large_kernel import operator
 from utils.config import Parser, at_least, program
+from utils.cuda_graphs import WARM_UPS, Captured
+from utils.faults import has_cuda_graphs
 from utils.log import Meter
+from utils.metrics import teacher_metrics
 from utils.registry import UserError
 
 PHASES = ("data", "teacher forward", "student forward", "backward", "optimizer")
@@ -56,9 +60,9 @@ NOTES = (
     "un-folded, contiguous maps, nn.Conv2d per branch; its teacher's graph is kept and "
     "back-propagated. MACs: one pass through the teacher's network where the step asks it, three "
     "through the student.",
-    "Shares of time by phase: from steps of ours that wait for the device after each; data is the "
-    "hand-over, normalising, erasing and mixing. Memory, on a GPU: what a step holds beyond the "
-    "networks.")
+    "Shares of time by phase: from steps of ours that wait for the device after each, the student "
+    "not from a CUDA graph; data is the hand-over, normalising, erasing and mixing. Memory, on a "
+    "GPU: what a step holds beyond the networks.")
 
 SUPERVISED, CACHED = "supervised", "from the cache"
 FILL, TEACHER = "filling the cache", "teacher alone"  # of as many batches
@@ -101,11 +105,16 @@ class Step(NamedTuple):
         engine.accumulate_gradients(self.state, self.batches, self.teacher, self.mix, self.options)
         engine.optimizer_update(self.state, self.options.clip_grad)
 
+    def warm_up(self) -> None:
+        """Take the steps before and in which CUDA graphs are recorded."""
+        for _ in range(1 + WARM_UPS if self.state.captured.is_on else 0):
+            self()
+
 
 def build_steps(student: models.VisionModel, teacher: models.VisionModel | None,
                 loss_specs: list[list[str]], batches: Iterator[Batch],
                 options: engine.StepOptions, *, has_published: bool, backend: str,
-                compiled: str, timm_name: str | None,
+                compiled: str, cuda_graphs: bool, timm_name: str | None,
                 cache_of: Callable[[FrozenTeacher, Callable], Cache] | None = None
                 ) -> tuple[dict[str, Step], Cache | None]:
     """The steps to compare; ours folds `teacher` and lets `backend` compute its large kernels.
@@ -126,17 +135,21 @@ def build_steps(student: models.VisionModel, teacher: models.VisionModel | None,
         frozen.to(options.device)
         if compiled != "none":
             frozen.compile()
+        if cuda_graphs:
+            frozen.capture()
     if timm_name is not None:
         state = common.random_state(TimmStudent(timm_name), None, [["ce"]], options)
         steps[TIMM] = Step(state, batches, None, mix, options)
     operator.set_backend(backend, student, teacher)
     if cache_of is not None:
         cache = cache_of(frozen, mix)
-        state = common.random_state(copy.deepcopy(student), None, [["ce"]], options)
+        state = common.random_state(copy.deepcopy(student), None, [["ce"]], options,
+                                    cuda_graphs=cuda_graphs)
         steps[SUPERVISED] = Step(state, batches, None, mix, options)
-        state = common.random_state(copy.deepcopy(student), cache.teacher, loss_specs, options)
+        state = common.random_state(copy.deepcopy(student), cache.teacher, loss_specs, options,
+                                    cuda_graphs=cuda_graphs)
         steps[CACHED] = Step(state, batches, cache.teacher, mix, cache.options)
-    state = common.random_state(student, frozen, loss_specs, options)
+    state = common.random_state(student, frozen, loss_specs, options, cuda_graphs=cuda_graphs)
     steps["ours"] = Step(state, batches, frozen, mix, options)
     for name in ("ours", SUPERVISED, CACHED):
         if compiled == "all" and name in steps:
@@ -158,7 +171,8 @@ def lapped(step: Step, watch: common.Stopwatch) -> Callable[[], None]:
             watch.lap("backward")  # of the micro-batch before; nothing at the first
             yield next(step.batches)
 
-    state = dataclasses.replace(step.state, wrapped=after("student forward", step.state.distiller))
+    state = dataclasses.replace(step.state, wrapped=after("student forward", step.state.distiller),
+                                captured=Captured())
     teacher = step.teacher
     if teacher is not None:
         teacher = SimpleNamespace(teach=after("teacher forward", step.teacher.teach))
@@ -183,7 +197,7 @@ def metrics_action(step: Step) -> Callable[[], None]:
 
     def run() -> None:
         for _ in range(METRICS_AT_A_TIME * step.options.accum_steps):
-            meter.add(engine.teacher_metrics(*logits, targets), 0)
+            meter.add(teacher_metrics(*logits, targets), 0)
 
     return run
 
@@ -210,6 +224,8 @@ def time_steps(steps: dict[str, Step], repeats: int, dtype: torch.dtype, cache: 
     teacher, and by phase of ours; GiB that each step takes."""
     ours = steps["ours"]
     device = ours.options.device
+    for step in steps.values():
+        step.warm_up()
     phases: common.Seconds = {name: [] for name in PHASES}
     watch = common.Stopwatch(device)
     run = lapped(ours, watch)
@@ -295,6 +311,8 @@ def build_parser() -> Parser:
     flag("--large-kernel", choices=operator.ACCEPTED, default="auto",
          help="what computes the large kernels of ours")
     flag("--compile", choices=["none", "teacher", "all"], default="none", help="of ours")
+    flag("--cuda-graphs", action=argparse.BooleanOptionalAction,
+         help="replay ours; default: on a GPU")
     flag("--teacher-cache", action="store_true", help="measure the step from a teacher cache "
          "and the supervised one, too")
     flag("--teacher-cache-top", type=at_least(0), default=DEFAULT_TOP, metavar="K",
@@ -322,6 +340,7 @@ def main(args: argparse.Namespace) -> int:
         if is_alone:
             raise UserError("--teacher-cache keeps what a teacher says; --teacher is none.")
         losses.check_kept_logits(loss_specs)
+    cuda_graphs = has_cuda_graphs(args.cuda_graphs, device)
     student, teacher, macs, macs_alone = build_networks(args.teacher, student_spec, args.input_size)
     batches = common.random_batches(args.batch_size, args.input_size, student.num_classes, device)
     options = common.step_options(device, args.amp, args.accum_steps)
@@ -339,7 +358,8 @@ def main(args: argparse.Namespace) -> int:
 
         steps, cache = build_steps(student, teacher, loss_specs, batches, options,
                                    has_published=args.published, backend=args.large_kernel,
-                                   compiled=args.compile, timm_name=timm_name, cache_of=cache_of)
+                                   compiled=args.compile, cuda_graphs=cuda_graphs,
+                                   timm_name=timm_name, cache_of=cache_of)
         seconds, memory = time_steps(steps, args.repeats, dtype, cache)
     best, images = common.ceilings(seconds, device, dtype), args.batch_size * args.accum_steps
     rows = rows_of(seconds, memory, images=images, macs=macs, macs_alone=macs_alone, best=best)
@@ -354,7 +374,7 @@ def main(args: argparse.Namespace) -> int:
     title = (f"Training step, {' '.join(args.teacher)} -> {' '.join(student_spec)}, "
              f"{', '.join(' '.join(spec) for spec in loss_specs)}, AdamW, {args.accum_steps} x "
              f"{args.batch_size} images at {args.input_size} px, precision {args.amp}, compiled: "
-             f"{args.compile}"
+             f"{args.compile}{', from CUDA graphs' * cuda_graphs}"
              f"{operator.describe_choice(networks, device, dtype)}")
     common.show(title, rows, COLUMNS, notes, {**best, "seconds": seconds}, repeats=args.repeats,
                 device=device, json_path=args.json)

@@ -3,8 +3,9 @@
     python -m analysis.benchmark teacher --models slak_t convnext_t resnet50 --batch-size 16
     python -m analysis.benchmark teacher --amp bf16 --batch-size 128 --compile     # on a GPU
 
-"published" is the SLaK of its authors as it trains: un-folded, an nn.Conv2d per branch, maps
-contiguous, here without gradient history. Other networks are shown beside it.
+On a GPU ours is shown as called and as in a run, replayed from a CUDA graph. "published" is the
+SLaK of its authors as it trains: un-folded, an nn.Conv2d per branch, maps contiguous, here without
+gradient history. Other networks are shown beside it.
 """
 import argparse
 import copy
@@ -22,6 +23,7 @@ from models.distiller import FrozenTeacher, frozen_dtype
 from models.large_kernel.operator import ACCEPTED, describe_choice, set_backend
 from models.slak import SLaK
 from utils.config import Parser, program
+from utils.cuda_graphs import WARM_UPS
 
 COLUMNS = [
     ("teacher", "model", ""), ("px", "pixels", ""), ("precision", "precision", ""),
@@ -49,7 +51,7 @@ def inference(network: nn.Module, images: Tensor, dtype: torch.dtype) -> Callabl
         with torch.no_grad(), torch.autocast(images.device.type, dtype=dtype,
                                              enabled=dtype != torch.float32):
             if isinstance(network, FrozenTeacher):
-                return network.forward_with_features(images).logits  # as a step calls it
+                return network.teach(images, None).logits  # as a step calls it
             return network(images)
     return run
 
@@ -78,18 +80,22 @@ def measure(names: Sequence[str], precisions: Sequence[str], *, batch_size: int,
                 dtype=frozen_dtype(engine.AMP_DTYPES[precision], device)).to(device)
             if isinstance(model, SLaK):
                 set_backend(backend, networks["ours"])
+            if device.type == "cuda":
+                networks["ours, CUDA graph"] = copy.deepcopy(networks["ours"])
+                networks["ours, CUDA graph"].capture()
             if is_compiled:
-                networks["ours, compiled"] = copy.deepcopy(networks["ours"])
+                networks["ours, compiled"] = copy.deepcopy(list(networks.values())[-1])
                 networks["ours, compiled"].compile()
             for kind, network in networks.items():
                 layout = torch.contiguous_format if kind == "published" else torch.channels_last
                 action = inference(network, images.to(memory_format=layout), dtype)
+                for _ in range(WARM_UPS if device.type == "cuda" else 0):
+                    action()
                 error = (action().double() - expected).abs().max() / expected.abs().max()
                 rows.append({
                     "model": name, "pixels": size, "precision": precision, "arrangement": kind,
                     "shown": kind + describe_choice(network, device, dtype), "macs": macs,
-                    "error": error.item(), "memory_gib": common.memory_of(action, device),
-                    **common.gpu_shares(action, device)})
+                    "error": error.item(), "memory_gib": common.memory_of(action, device)})
                 actions[f"{precision}, {name}, {kind}"] = action
     shortest = 0.2 if device.type == "cuda" else 0  # in a row, so that the host runs ahead
     seconds = common.time_interleaved(actions, repeats, device, shortest)
@@ -127,8 +133,7 @@ def main(args: argparse.Namespace) -> int:
              "largest logit, against the un-folded network in float32. Memory, on a GPU: what a "
              "pass holds beyond the networks."]
     notes += [common.ceilings_text(found, common.dtype_of(name)) for name, found in best.items()]
-    shares = common.SHARE_COLUMNS if device.type == "cuda" else []
     common.show(f"Inference with random weights, batch {args.batch_size}", rows,
-                COLUMNS + shares, notes, {"ceilings": best, "seconds": seconds},
+                COLUMNS, notes, {"ceilings": best, "seconds": seconds},
                 repeats=args.repeats, device=device, json_path=args.json)
     return 0

@@ -11,13 +11,22 @@ are float32. The sum is channels-last, as the LayerNorm and the pointwise layers
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from models.fused import has_kernels, jit, tl, triton
+from models.fused import (
+    cdiv,
+    differentiable,
+    has_kernels,
+    jit,
+    next_power_of_2,
+    on_device_of,
+    three,
+    tl,
+)
 from models.layers import batch_norm
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -245,17 +254,12 @@ def input_gradients_kernel(out0, out1, out2, gradient, x0, x1, x2, statistics, m
 
 # Launches
 
-def three(values: Sequence) -> list:
-    """Up to three values, the last one repeated: Triton 3.2 takes no tuple of pointers."""
-    return [*values, *[values[-1]] * (3 - len(values))]
-
-
 def constants(maps: Sequence[Tensor], other: Tensor) -> dict[str, int]:
     """Of a kernel for `maps` and `other`, channels-last unless contiguous. A thread takes 16 bytes
     along the contiguous axis of a tile; where the layouts differ, it is a square that is turned in
     shared memory."""
     x, last, other_last = maps[0], not maps[0].is_contiguous(), not other.is_contiguous()
-    block = min(64, triton.next_power_of_2(x.shape[1]))
+    block = min(64, next_power_of_2(x.shape[1]))
     if last != other_last:
         tile = dict(BLOCK_P=64, BLOCK_C=block, num_warps=8)
     elif other_last:
@@ -268,15 +272,14 @@ def constants(maps: Sequence[Tensor], other: Tensor) -> dict[str, int]:
 
 def tiles(form: dict[str, int]) -> tuple[int, int]:
     """Along the channels and along the positions."""
-    return (triton.cdiv(form["C"], form["BLOCK_C"]),
-            triton.cdiv(form["num_positions"], form["BLOCK_P"]))
+    return cdiv(form["C"], form["BLOCK_C"]), cdiv(form["num_positions"], form["BLOCK_P"])
 
 
 def chunks(form: dict[str, int], num_maps: int = 1) -> tuple[int, int]:
     """How many chunks of how many positions keep all multiprocessors busy with `num_maps` maps."""
     across, along = tiles(form)
-    length = triton.cdiv(along, max(1, PROGRAMS // (across * num_maps)))
-    return triton.cdiv(along, length), length * form["BLOCK_P"]
+    length = cdiv(along, max(1, PROGRAMS // (across * num_maps)))
+    return cdiv(along, length), length * form["BLOCK_P"]
 
 
 def launch_statistics(maps: Sequence[Tensor], eps: float) -> Tensor:
@@ -287,7 +290,7 @@ def launch_statistics(maps: Sequence[Tensor], eps: float) -> Tensor:
     statistics = x.new_empty((3, len(maps), x.shape[1]), dtype=torch.float32)
     grid = tiles(form)[0], number, len(maps)
     moments_kernel[grid](partial, *three(maps), chunk=chunk, **form)
-    statistics_kernel[(triton.cdiv(x.shape[1], COMBINE["BLOCK_C"]), len(maps))](
+    statistics_kernel[(cdiv(x.shape[1], COMBINE["BLOCK_C"]), len(maps))](
         statistics, partial, number, chunk, form["num_positions"], eps, x.shape[1],
         MAPS=len(maps), **COMBINE)
     return statistics
@@ -304,7 +307,7 @@ def launch_products(gradient: Tensor, maps: Sequence[Tensor],
     products_kernel[(tiles(form)[0], number)](
         partial, gradient, *three(maps), statistics, chunk=chunk,
         GRADIENT_LAST=not gradient.is_contiguous(), **form)
-    gradients_kernel[(triton.cdiv(channels, COMBINE["BLOCK_C"]), 1 + len(maps))](
+    gradients_kernel[(cdiv(channels, COMBINE["BLOCK_C"]), 1 + len(maps))](
         gradients, means, partial, statistics, number, form["num_positions"], channels,
         MAPS=len(maps), **COMBINE)
     return gradients, means
@@ -333,40 +336,24 @@ def averaged(gradients: Tensor, count: int) -> Tensor:
     return (sums[:-1] / sums[-1]).view(-1, gradients.shape[-1])
 
 
-# Operators, opaque to torch.compile
+# Operators
 
-@torch.library.custom_op(
-    "fused::batch_norms", mutates_args=(),
-    schema="(Tensor[] maps, Tensor[] weights, Tensor[] biases, float eps, bool synced) "
-           "-> (Tensor, Tensor)")
 def _batch_norms(maps: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor],
                  eps: float, synced: bool) -> tuple[Tensor, Tensor]:
-    with torch.cuda.device_of(maps[0]):
+    with on_device_of(maps[0]):
         statistics = launch_statistics(maps, eps)
         if synced:
             statistics = gathered(statistics, maps[0][:, 0].numel(), eps)
         out = torch.empty_like(maps[0], memory_format=torch.channels_last)
-        form = constants(maps, out)
+        form, own = constants(maps, out), len(weights[0])
         normalize_kernel[(math.prod(tiles(form)),)](
-            out, *three(maps), statistics, *three(weights), *three(biases), OWN=len(weights[0]),
-            **form)
+            out, *three(maps), statistics, *three(weights), *three(biases), OWN=own, **form)
     return out, statistics
 
 
-@_batch_norms.register_fake
-def _(maps, weights, biases, eps, synced) -> tuple[Tensor, Tensor]:
-    x = maps[0]
-    return (torch.empty_like(x, memory_format=torch.channels_last),
-            x.new_empty((3, len(maps), x.shape[1]), dtype=torch.float32))
-
-
-@torch.library.custom_op(
-    "fused::batch_norms_backward", mutates_args=(),
-    schema="(Tensor gradient, Tensor[] maps, Tensor[] weights, Tensor statistics, bool synced) "
-           "-> Tensor[]")
 def _batch_norms_backward(gradient: Tensor, maps: Sequence[Tensor], weights: Sequence[Tensor],
                           statistics: Tensor, synced: bool) -> list[Tensor]:
-    with torch.cuda.device_of(gradient):
+    with on_device_of(gradient):
         gradients, means = launch_products(gradient, maps, statistics)
         if synced:
             means = averaged(gradients, gradient[:, 0].numel())
@@ -377,7 +364,22 @@ def _batch_norms_backward(gradient: Tensor, maps: Sequence[Tensor], weights: Seq
     return [gradients, *outs]
 
 
-@_batch_norms_backward.register_fake
+_operator = torch.library.custom_op(
+    "fused::batch_norms", _batch_norms, mutates_args=(), schema="(Tensor[] maps, Tensor[] weights, "
+    "Tensor[] biases, float eps, bool synced) -> (Tensor, Tensor)")
+_backward_operator = torch.library.custom_op(
+    "fused::batch_norms_backward", _batch_norms_backward, mutates_args=(), schema="(Tensor "
+    "gradient, Tensor[] maps, Tensor[] weights, Tensor statistics, bool synced) -> Tensor[]")
+
+
+@_operator.register_fake
+def _(maps, weights, biases, eps, synced) -> tuple[Tensor, Tensor]:
+    x = maps[0]
+    return (torch.empty_like(x, memory_format=torch.channels_last),
+            x.new_empty((3, len(maps), x.shape[1]), dtype=torch.float32))
+
+
+@_backward_operator.register_fake
 def _(gradient, maps, weights, statistics, synced) -> list[Tensor]:
     return [statistics.new_empty((2, *statistics.shape[1:])), *map(torch.empty_like, maps)]
 
@@ -388,16 +390,16 @@ def _keep(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*maps, *weights, output[1])
 
 
-def _backward(ctx, gradient: Tensor, _: Tensor) -> tuple:
+def _backward(call: Callable, ctx, gradient: Tensor, _: Tensor) -> tuple:
     *saved, statistics = ctx.saved_tensors
     maps, weights = saved[:len(saved) // 2], saved[len(saved) // 2:]
-    gradients, *of_maps = _batch_norms_backward(in_one_layout([gradient])[0], maps, weights,
-                                                statistics, ctx.synced)
+    gradients, *of_maps = call(in_one_layout([gradient])[0], maps, weights, statistics, ctx.synced)
     of_weights, of_biases = gradients[:, :, :len(weights[0])].unbind()
     return of_maps, list(of_weights.unbind()), list(of_biases.unbind()), None, None
 
 
-_batch_norms.register_autograd(_backward, setup_context=_keep)
+_fused = differentiable((_operator, _batch_norms), (_backward_operator, _batch_norms_backward),
+                        _keep, _backward)
 
 
 def in_one_layout(maps: Sequence[Tensor]) -> list[Tensor]:
@@ -406,28 +408,27 @@ def in_one_layout(maps: Sequence[Tensor]) -> list[Tensor]:
     return [x.contiguous(memory_format=layout) for x in maps]
 
 
+def form_of(norm: nn.Module) -> tuple | None:
+    """What the modules of one call must have in common; None for one that no kernel computes."""
+    synced = type(norm) is nn.SyncBatchNorm
+    if not synced and type(norm) is not nn.BatchNorm2d:
+        return None
+    if not norm.training or not norm.track_running_stats or norm.momentum is None:
+        return None
+    if norm.bias is None or norm.weight.dtype != torch.float32:
+        return None
+    return synced, norm.num_features, norm.eps, norm.momentum, synced and norm.process_group
+
+
 def can_fuse(maps: Sequence[Tensor], norms: Sequence[nn.Module]) -> bool:
     """Whether the kernels take these maps and compute what these modules do."""
-    x, first = maps[0], norms[0]
-    if not has_kernels(x.device) or len(maps) > 3:
+    x, form = maps[0], form_of(norms[0])
+    if len(maps) > 3 or not has_kernels(x.device) or x.dim() != 4 or x.dtype not in DTYPES:
         return False
-    if x.dim() != 4 or x.dtype not in DTYPES or x.shape[0] * x.shape[2] * x.shape[3] < 2:
+    if any((y.shape, y.dtype, y.device) != (x.shape, x.dtype, x.device) for y in maps[1:]):
         return False
-    if any((y.shape, y.dtype, y.device) != (x.shape, x.dtype, x.device) for y in maps):
-        return False
-    for norm in norms:
-        if type(norm) is not type(first) or type(norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
-            return False
-        if norm.momentum is None or norm.num_features > x.shape[1]:
-            return False
-        if any(getattr(norm, name) != getattr(first, name)
-               for name in ("num_features", "eps", "momentum")):
-            return False
-        if not norm.training or not norm.track_running_stats or norm.bias is None:
-            return False
-        if norm.weight.dtype != torch.float32 or getattr(norm, "process_group", None) is not None:
-            return False
-    return True
+    return (x.shape[0] * x.shape[2] * x.shape[3] > 1 and form is not None and not form[-1]
+            and form[1] <= x.shape[1] and all(form_of(norm) == form for norm in norms[1:]))
 
 
 def sum_of_batch_norms(maps: Sequence[Tensor], norms: Sequence[nn.Module]) -> Tensor:
@@ -440,10 +441,10 @@ def sum_of_batch_norms(maps: Sequence[Tensor], norms: Sequence[nn.Module]) -> Te
     synced = (isinstance(norms[0], nn.SyncBatchNorm) and dist.is_available()
               and dist.is_initialized() and dist.get_world_size() > 1)
     weights, biases = [norm.weight for norm in norms], [norm.bias for norm in norms]
-    out, statistics = _batch_norms(in_one_layout(maps), weights, biases, norms[0].eps, synced)
+    out, statistics = _fused(in_one_layout(maps), weights, biases, norms[0].eps, synced)
     with torch.no_grad():
         running = [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]
-        found = statistics[:2, :, :norms[0].num_features].flatten(0, 1)
-        torch._foreach_lerp_(running, list(found.unbind()), norms[0].momentum)
+        found = statistics[:2].flatten(0, 1)[:, :norms[0].num_features].unbind()
+        torch._foreach_lerp_(running, found, norms[0].momentum)
         torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
     return out

@@ -15,11 +15,23 @@ float32; weights and biases may have any floating dtype.
 """
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.fused import INTERPRETED, autocast_dtype, has_kernels, jit, tl, triton
+from models.fused import (
+    INTERPRETED,
+    autocast_dtype,
+    cdiv,
+    differentiable,
+    has_kernels,
+    jit,
+    multiprocessors,
+    on_device_of,
+    tl,
+)
 
 DTYPES = (torch.bfloat16, torch.float16)
 SIZES = (3, 5, 7, 9)
@@ -165,12 +177,8 @@ def tiling(x: Tensor, size: int) -> tuple[tuple[int, int], int, dict[str, int]]:
     """Grid, number of tiles of columns, and what the kernels want to know of shapes."""
     num_images, channels, height, width = x.shape
     columns = 2 * 32 * NUM_WARPS // CHANNELS  # two channels for each thread
-    tiles = triton.cdiv(num_images * width, columns)
-    blocks = triton.cdiv(channels, CHANNELS)
-    processors = 1
-    if x.is_cuda:
-        processors = torch.cuda.get_device_properties(x.device).multi_processor_count
-    programs = max(1, min(PROGRAMS[size] * processors // blocks, tiles))
+    tiles, blocks = cdiv(num_images * width, columns), cdiv(channels, CHANNELS)
+    programs = max(1, min(PROGRAMS[size] * multiprocessors(x) // blocks, tiles))
     return (programs, blocks), tiles, dict(C=channels, H=height, W=width, K=size, UNROLL=UNROLL,
                                            AHEAD=0 if INTERPRETED else AHEAD,
                                            COLUMNS=columns, BLOCK_C=CHANNELS, num_warps=NUM_WARPS)
@@ -184,7 +192,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, flip: bool = False)
     taps = torch.empty(weight[0].numel(), len(weight), device=x.device)  # (k * k, C) float32
     taps.copy_(weight.flatten(1).t())
     grid, tiles, forms = tiling(x, weight.shape[2])
-    with torch.cuda.device_of(x):
+    with on_device_of(x):
         convolution_kernel[grid](out, x, taps, taps if bias is None else bias,
                                  len(x) * x.shape[3], tiles, FLIP=flip, BIAS=bias is not None,
                                  **forms)
@@ -195,29 +203,18 @@ def gradients(x: Tensor, gradient: Tensor, size: int) -> Tensor:
     """Of the taps and, in the last row, of the bias: (size * size + 1, C), float32."""
     x, gradient = [value.contiguous(memory_format=torch.channels_last) for value in (x, gradient)]
     grid, tiles, forms = tiling(x, size)
-    sums = x.new_zeros((grid[0], size * size + 1, x.shape[1]), dtype=torch.float32)
+    sums = x.new_empty((grid[0] if x.numel() else 0, size * size + 1, x.shape[1]),
+                       dtype=torch.float32)
     if x.numel():
-        with torch.cuda.device_of(x):
+        with on_device_of(x):
             gradient_kernel[grid](sums, x, gradient, len(x) * x.shape[3], tiles, **forms)
     return sums.sum(0)
 
 
-# Operators of PyTorch's own kind: opaque to torch.compile, which would otherwise trace into them.
-
-@torch.library.custom_op("fused::depthwise", mutates_args=(),
-                         schema="(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return convolve(x, weight, bias)
 
 
-@_depthwise.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.channels_last)
-
-
-@torch.library.custom_op(
-    "fused::depthwise_backward", mutates_args=(),
-    schema="(Tensor gradient, Tensor x, Tensor weight, bool of_input, bool of_weight) -> Tensor[]")
 def _depthwise_backward(gradient: Tensor, x: Tensor, weight: Tensor, of_input: bool,
                         of_weight: bool) -> list[Tensor]:
     """The gradient of x if `of_input`, those of taps and bias (k * k + 1, C) if `of_weight`."""
@@ -229,7 +226,19 @@ def _depthwise_backward(gradient: Tensor, x: Tensor, weight: Tensor, of_input: b
     return result
 
 
-@_depthwise_backward.register_fake
+_operator = torch.library.custom_op("fused::depthwise", _depthwise, mutates_args=(),
+                                    schema="(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_backward_operator = torch.library.custom_op(
+    "fused::depthwise_backward", _depthwise_backward, mutates_args=(),
+    schema="(Tensor gradient, Tensor x, Tensor weight, bool of_input, bool of_weight) -> Tensor[]")
+
+
+@_operator.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.channels_last)
+
+
+@_backward_operator.register_fake
 def _(gradient: Tensor, x: Tensor, weight: Tensor, of_input: bool,
       of_weight: bool) -> list[Tensor]:
     result = []
@@ -246,10 +255,10 @@ def _keep(ctx, inputs: tuple, output: Tensor) -> None:
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _backward(ctx, gradient: Tensor) -> tuple:
+def _backward(call: Callable, ctx, gradient: Tensor) -> tuple:
     x, weight = ctx.saved_tensors
     of_input, of_weight = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:])
-    found = _depthwise_backward(gradient, x, weight, of_input, of_weight)
+    found = call(gradient, x, weight, of_input, of_weight)
     of_x = found[0] if of_input else None
     if not of_weight:
         return of_x, None, None
@@ -258,7 +267,8 @@ def _backward(ctx, gradient: Tensor) -> tuple:
     return of_x, sums[:-1].t().reshape(weight.shape).to(weight.dtype), of_bias
 
 
-_depthwise.register_autograd(_backward, setup_context=_keep)
+_fused = differentiable((_operator, _depthwise), (_backward_operator, _depthwise_backward),
+                        _keep, _backward)
 
 
 # For networks
@@ -276,5 +286,5 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     dtype = autocast_dtype(x)
     if (HAS_TUPLES and size in SIZES and dtype in DTYPES and has_kernels(x.device)
             and x.is_contiguous(memory_format=torch.channels_last)):
-        return _depthwise(x.to(dtype), weight, bias)
+        return _fused(x.to(dtype), weight, bias)
     return F.conv2d(x, weight, bias, padding=size // 2, groups=channels)

@@ -9,11 +9,23 @@ No result depends on the order in which programs run.
 """
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.fused import autocast_dtype, has_kernels, jit, tl, triton
+from models.fused import (
+    autocast_dtype,
+    cdiv,
+    differentiable,
+    has_kernels,
+    jit,
+    multiprocessors,
+    next_power_of_2,
+    on_device_of,
+    tl,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST = 4096  # a row stays in the registers of one program
@@ -95,7 +107,7 @@ def backward_kernel(out, sums, gradient, x, weight, num_rows, eps, STRIDE: tl.co
 
 def tiling(x: Tensor, width: int, elements: int) -> dict[str, int]:
     """What both kernels want to know of rows (num_rows, padded)."""
-    block = triton.next_power_of_2(x.shape[1])
+    block = next_power_of_2(x.shape[1])
     rows = max(1, elements // block)
     return dict(WIDTH=width, PADDED=x.shape[1], ROWS=rows, BLOCK=block, num_warps=NUM_WARPS)
 
@@ -106,51 +118,48 @@ def as_rows(x: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-# Operators of PyTorch's own kind: opaque to torch.compile, which would otherwise trace into them.
-
-@torch.library.custom_op(
-    "fused::layer_norm", mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor bias, float eps, ScalarType dtype) -> Tensor")
 def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     rows = as_rows(x)
-    out = x.new_empty(x.shape, dtype=dtype)
+    out = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
     forms = tiling(rows, len(weight), FORWARD)
     if len(rows):
-        with torch.cuda.device_of(x):
-            forward_kernel[(triton.cdiv(len(rows), forms["ROWS"]),)](
+        with on_device_of(x):
+            forward_kernel[(cdiv(len(rows), forms["ROWS"]),)](
                 out, rows, weight.contiguous(), bias.contiguous(), len(rows), eps,
                 STRIDE=rows.stride(0), **forms)
     return out
 
 
-@_layer_norm.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    return x.new_empty(x.shape, dtype=dtype)
-
-
-@torch.library.custom_op(
-    "fused::layer_norm_backward", mutates_args=(),
-    schema="(Tensor gradient, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)")
 def _layer_norm_backward(gradient: Tensor, x: Tensor, weight: Tensor,
                          eps: float) -> tuple[Tensor, Tensor]:
     """The gradients of x and, float32 (2, width), of weight and bias."""
     rows, width = as_rows(x), len(weight)
-    out = x.new_empty(x.shape)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     forms = tiling(rows, width, BACKWARD)
-    processors = 1
-    if x.is_cuda:
-        processors = torch.cuda.get_device_properties(x.device).multi_processor_count
-    programs = min(PROGRAMS * processors, triton.cdiv(len(rows), forms["ROWS"]))
+    programs = min(PROGRAMS * multiprocessors(x), cdiv(len(rows), forms["ROWS"]))
     sums = x.new_empty((programs, 2, width), dtype=torch.float32)
     if programs:
-        with torch.cuda.device_of(x):
+        with on_device_of(x):
             backward_kernel[(programs,)](
                 out, sums, gradient.contiguous(), rows, weight.contiguous(), len(rows), eps,
                 STRIDE=rows.stride(0), **forms)
     return out, sums.sum(0)
 
 
-@_layer_norm_backward.register_fake
+_operator = torch.library.custom_op(
+    "fused::layer_norm", _layer_norm, mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor bias, float eps, ScalarType dtype) -> Tensor")
+_backward_operator = torch.library.custom_op(
+    "fused::layer_norm_backward", _layer_norm_backward, mutates_args=(),
+    schema="(Tensor gradient, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)")
+
+
+@_operator.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    return x.new_empty(x.shape, dtype=dtype)
+
+
+@_backward_operator.register_fake
 def _(gradient: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty((2, len(weight)), dtype=torch.float32)
 
@@ -161,13 +170,14 @@ def _keep(ctx, inputs: tuple, output: Tensor) -> None:
     ctx.bias_dtype = bias.dtype
 
 
-def _backward(ctx, gradient: Tensor) -> tuple:
+def _backward(call: Callable, ctx, gradient: Tensor) -> tuple:
     x, weight = ctx.saved_tensors
-    of_x, sums = _layer_norm_backward(gradient, x, weight, ctx.eps)
+    of_x, sums = call(gradient, x, weight, ctx.eps)
     return of_x, sums[0].to(weight.dtype), sums[1].to(ctx.bias_dtype), None, None
 
 
-_layer_norm.register_autograd(_backward, setup_context=_keep)
+_fused = differentiable((_operator, _layer_norm), (_backward_operator, _layer_norm_backward),
+                        _keep, _backward)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float,
@@ -181,7 +191,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float,
         raise ValueError(f"expected weight and bias of {width} values, at least 1 and at most the "
                          f"{padded} of a row, got {tuple(weight.shape)} and {tuple(bias.shape)}.")
     if x.dtype in DTYPES and padded <= WIDEST and has_kernels(x.device):
-        return _layer_norm(x, weight, bias, eps, autocast_dtype(x))
+        return _fused(x, weight, bias, eps, autocast_dtype(x))
     true = x if width == padded else x[..., :width]
     if x.device.type == "cuda" and x.dtype != weight.dtype:  # PyTorch's kernel takes one dtype only
         y = F.layer_norm(true.float(), (width,), weight.float(), bias.float(), eps).to(x.dtype)

@@ -13,7 +13,7 @@ class Backend:
     its channels; a backend that takes any rounds them itself and lets missing channels be zeros."""
 
     memory_format = torch.channels_last  # of every map that it gives, but
-    branches_format = torch.channels_last  # of the maps of `outputs`
+    branches_format = torch.channels_last  # of those of `outputs` and `total`
     takes_any_kernel = False
     keeps_matrices = False  # from the forward pass for the backward pass; else made again
 

@@ -12,7 +12,7 @@ next to it where HW is below N or so, too many to keep where maps are large.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ def padded(number: int) -> int:
     return -(-number // 8) * 8
 
 
-@lru_cache(maxsize=64)
+@cache
 def table_of(sizes: tuple[tuple[int, int], ...], height: int, width: int,
              device: torch.device) -> Table:
     """For matrices (kernel, out pixel, padded(HW)), zero in the padded columns."""
@@ -46,28 +46,37 @@ def table_of(sizes: tuple[tuple[int, int], ...], height: int, width: int,
 
 
 def pixel_lines(maps: Sequence[Tensor], num_lines: int) -> Tensor:
-    """Maps (N, C, H, W), any layout, as (C, num_lines, padded(N)): the pixels of one map after
-    those of the other, then zeros."""
+    """Maps (N, C, H, W), any layout, as (C, maps * num_lines, padded(N)): the pixels of one map
+    after those of the other, each followed by zeros."""
     num_images, channels, height, width = maps[0].shape
-    pixels, columns = height * width, padded(num_images)
-    lines = maps[0].new_empty(channels, num_lines, columns)
-    lines[:, len(maps) * pixels:] = 0
-    lines[:, :, num_images:] = 0
-    for i, x in enumerate(maps):
-        # (pixel, image, channel) on both sides: dense in channels there, in images here
-        out = lines[:, i * pixels:(i + 1) * pixels, :num_images].permute(1, 2, 0)
-        copy_transposed(out, x.permute(2, 3, 0, 1).reshape(pixels, num_images, channels))
+    lines = maps[0].new_empty(channels, len(maps) * num_lines, padded(num_images))
+    # (pixel, image, channel) on both sides: dense in channels there, in images here
+    copy_transposed([part.permute(1, 2, 0) for part in lines.chunk(len(maps), 1)],
+                    [x.permute(2, 3, 0, 1).reshape(height * width, num_images, channels)
+                     for x in maps])
     return lines
 
 
-def as_map(lines: Tensor, shape: torch.Size, bias: Tensor | None = None) -> Tensor:
-    """The map (N, C, H, W) in channels-last memory of lines (C, HW or more, N or more)."""
+def in_lines(x: Tensor, num_lines: int) -> Tensor:
+    """`pixel_lines` of a single map, which `Dense.arranged` may have made already."""
+    num_images, channels, height, width = x.shape
+    columns = padded(num_images)
+    if x.stride() == (1, num_lines * columns, width * columns, columns):
+        return x.as_strided((channels, num_lines, columns), (num_lines * columns, columns, 1))
+    return pixel_lines([x], num_lines)
+
+
+def as_maps(lines: Tensor, number: int, shape: torch.Size, bias: Tensor | None = None
+            ) -> list[Tensor]:
+    """Maps (N, C, H, W) in channels-last memory, each of an equal share of lines
+    (C, number * HW or more, N or more)."""
     num_images, channels, height, width = shape
     pixels = height * width
-    out = lines.new_empty(num_images, height, width, channels)
-    copy_transposed(out.view(num_images, pixels, channels).permute(1, 2, 0),
-                    lines[:, :pixels, :num_images].transpose(0, 1), bias)
-    return out.permute(0, 3, 1, 2)
+    outs = [lines.new_empty(num_images, pixels, channels) for _ in range(number)]
+    copy_transposed([out.permute(1, 2, 0) for out in outs],
+                    [part[:, :pixels, :num_images].transpose(0, 1)
+                     for part in lines.chunk(number, 1)], bias)
+    return [out.view(num_images, height, width, channels).permute(0, 3, 1, 2) for out in outs]
 
 
 def table_for(x: Tensor, kernels: Sequence[Tensor]) -> Table:
@@ -77,6 +86,12 @@ def table_for(x: Tensor, kernels: Sequence[Tensor]) -> Table:
 
 class Dense(Backend):
     takes_any_kernel = True
+
+    def arranged(self, x: Tensor) -> Tensor:
+        """The same map in the memory of its `pixel_lines`."""
+        lines = in_lines(x, padded(x.shape[2] * x.shape[3]))
+        pixels = lines[:, :x.shape[2] * x.shape[3], :x.shape[0]]
+        return pixels.unflatten(1, x.shape[2:]).permute(3, 0, 1, 2)
 
     def matrices(self, x: Tensor, kernels: Sequence[Tensor], dtype: torch.dtype | None = None
                  ) -> list[Tensor]:
@@ -93,26 +108,27 @@ class Dense(Backend):
     def total(self, x: Tensor, kernels: Sequence[Tensor], prepared: Sequence[Tensor],
               bias: Tensor) -> Tensor:
         matrix, = prepared
-        return as_map(torch.bmm(matrix, pixel_lines([x], matrix.shape[2])), x.shape, bias)
+        out, = as_maps(torch.bmm(matrix, in_lines(x, matrix.shape[2])), 1, x.shape, bias)
+        return out
 
     def outputs(self, x: Tensor, kernels: Sequence[Tensor], matrices: Sequence[Tensor] = ()
                 ) -> list[Tensor]:
         matrix, = matrices or self.matrices(x, kernels)
-        lines = torch.bmm(matrix, pixel_lines([x], matrix.shape[2]))
-        return [as_map(part, x.shape) for part in lines.chunk(len(kernels), 1)]
+        lines = torch.bmm(matrix, in_lines(x, matrix.shape[2]))
+        return as_maps(lines, len(kernels), x.shape)
 
     def backward(self, x: Tensor, gradients: Sequence[Tensor], kernels: Sequence[Tensor],
                  matrices: Sequence[Tensor] = (), *, of_input: bool = True,
                  of_kernels: bool = True) -> tuple[Tensor | None, list[Tensor] | None]:
         pixels = x.shape[2] * x.shape[3]
-        lines = pixel_lines(gradients, len(gradients) * pixels)
+        lines = pixel_lines(gradients, pixels)
         of_x, found = None, None
         if of_input:
             matrix, = matrices or self.matrices(x, kernels)
-            of_x = as_map(torch.bmm(matrix.transpose(1, 2), lines), x.shape)
+            of_x, = as_maps(torch.bmm(matrix.transpose(1, 2), lines), 1, x.shape)
         if of_kernels:
             # Each element is rounded to the map's dtype once, then summed in float32.
-            products = torch.bmm(lines, pixel_lines([x], padded(pixels)).transpose(1, 2))
+            products = torch.bmm(lines, in_lines(x, padded(pixels)).transpose(1, 2))
             found = gather_gradient(products.flatten(1)[None], table_for(x, kernels),
                                     len(kernels[0]))
         return of_x, found

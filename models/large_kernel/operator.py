@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from models.fused import autocast_dtype
 from models.large_kernel import banded, conv, dense, triton
+from models.large_kernel.layout import to_channels_last
 from models.layers import pad_to
 from utils.log import print_once
 from utils.registry import UserError
@@ -45,6 +46,10 @@ class LargeKernelModule(nn.Module):
     def kernels(self) -> list[Tensor]:
         """(C, 1, kh, kw) each."""
         raise NotImplementedError
+
+    def in_any_layout(self, x: Tensor) -> Tensor:
+        """What it gives, channels-last or contiguous, whichever costs less."""
+        return self(x)
 
 
 def large_kernel_modules(network: nn.Module) -> list[LargeKernelModule]:
@@ -145,6 +150,8 @@ def depthwise(x: Tensor, kernels: Sequence[Tensor], backend: str = "auto") -> li
         kernels = [fitted(kernel, x) for kernel in kernels]
     if torch.compiler.is_compiling():
         return _branches(x, list(kernels), name)
+    if not torch.is_grad_enabled():
+        return BACKENDS[name].outputs(x, kernels)
     return list(Branches.apply(name, x, *kernels))
 
 
@@ -154,14 +161,16 @@ def fitted(kernel: Tensor, x: Tensor) -> Tensor:
 
 
 class Prepared:
-    """What a backend precomputed from kernels that do not change, for the latest kind of map."""
+    """What a backend precomputed from kernels that do not change, for every kind of map met: a CUDA
+    graph goes on reading it."""
 
     def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
         """To be called when the kernels changed."""
-        self.key: tuple = ()
+        self.kinds: dict[tuple, tuple[list[Tensor], list[Tensor]]] = {}
+        self.key: tuple = ()  # of the latest
         self.kernels: list[Tensor] = []
         self.tensors: list[Tensor] = []
 
@@ -171,18 +180,21 @@ class Prepared:
     def update(self, name: str, x: Tensor, kernels: Sequence[Tensor]) -> None:
         """Prepare for such a map unless that is done."""
         key = (name, x.device, x.dtype, *x.shape[1:])
-        if key != self.key:
-            self.kernels = list(kernels)
+        if key == self.key:
+            return
+        if key not in self.kinds:
+            kernels = list(kernels)
             if not BACKENDS[name].takes_any_kernel:
-                self.kernels = [fitted(kernel, x).contiguous() for kernel in kernels]
-            self.tensors = BACKENDS[name].prepare(x, self.kernels)
-            self.key = key
+                kernels = [fitted(kernel, x).contiguous() for kernel in kernels]
+            self.kinds[key] = kernels, BACKENDS[name].prepare(x, kernels)
+        self.key, (self.kernels, self.tensors) = key, self.kinds[key]
 
 
 def depthwise_sum(x: Tensor, kernels: Sequence[Tensor], bias: Tensor, prepared: Prepared,
-                  backend: str = "auto") -> Tensor:
+                  backend: str = "auto", *, any_layout: bool = False) -> Tensor:
     """Sum of `depthwise` plus a bias (C,). The kernels must not change between calls with the same
-    `prepared`."""
+    `prepared`. The backends' is channels-last or, with `any_layout`, contiguous where that is what
+    the backend makes."""
     needs_gradient = torch.is_grad_enabled() and (
         any(value.requires_grad for value in (x, bias, *kernels)))
     x = x.to(autocast_dtype(x))
@@ -192,7 +204,7 @@ def depthwise_sum(x: Tensor, kernels: Sequence[Tensor], bias: Tensor, prepared: 
         return sum(depthwise(x, kernels, name)) + bias.view(-1, 1, 1)
     prepared.update(name, x, kernels)
     total = _total if torch.compiler.is_compiling() else _total_eagerly
-    return total(x, prepared.kernels, prepared.tensors, bias, name)
+    return total(x, prepared.kernels, prepared.tensors, bias, name, any_layout)
 
 
 def cropped(kernel: Tensor, height: int, width: int) -> Tensor:
@@ -286,19 +298,22 @@ _branches.register_autograd(_backward, setup_context=_keep)
 
 
 def _total_eagerly(x: Tensor, kernels: Sequence[Tensor], prepared: Sequence[Tensor], bias: Tensor,
-                   name: str) -> Tensor:
-    return BACKENDS[name].total(x, kernels, prepared, bias)
+                   name: str, any_layout: bool) -> Tensor:
+    y = BACKENDS[name].total(x, kernels, prepared, bias)
+    return y if any_layout else to_channels_last(y)
 
 
 _total = torch.library.custom_op(
     "large_kernel::total", _total_eagerly, mutates_args=(),
-    schema="(Tensor x, Tensor[] kernels, Tensor[] prepared, Tensor bias, str name) -> Tensor")
+    schema="(Tensor x, Tensor[] kernels, Tensor[] prepared, Tensor bias, str name, "
+           "bool any_layout) -> Tensor")
 
 
 @_total.register_fake
 def _(x: Tensor, kernels: Sequence[Tensor], prepared: Sequence[Tensor], bias: Tensor,
-      name: str) -> Tensor:
-    return _empty(x, name)
+      name: str, any_layout: bool) -> Tensor:
+    layout = BACKENDS[name].branches_format if any_layout else torch.channels_last
+    return torch.empty_like(x, memory_format=layout)
 
 
 def _empty(x: Tensor, name: str) -> Tensor:

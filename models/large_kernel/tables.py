@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.fused import has_kernels, jit, tl, triton
+from models.fused import cdiv, has_kernels, jit, on_device_of, tl
 from models.large_kernel.backend import sum_dtype
 
 BLOCK, CHANNELS = 1024, 8  # of a program of gather_kernel, which loads its indices once
@@ -109,8 +109,8 @@ def gather(kernels: Sequence[Tensor], table: Table, num_channels: int, dtype: to
         return taps.index_select(1, table.index)
     num_places = len(table.index)
     out = taps.new_empty((num_channels, num_places), dtype=dtype)
-    with torch.cuda.device_of(taps):
-        gather_kernel[(triton.cdiv(num_places, BLOCK), triton.cdiv(num_channels, CHANNELS))](
+    with on_device_of(taps):
+        gather_kernel[(cdiv(num_places, BLOCK), cdiv(num_channels, CHANNELS))](
             out, taps, table.index, num_channels, len(taps), T=table.num_taps, M=num_places,
             CHANNELS=CHANNELS, BLOCK=BLOCK, num_warps=4)
     return out
@@ -123,8 +123,8 @@ def gather_gradient(values: Tensor, table: Table, own_channels: int) -> list[Ten
     if not has_kernels(values.device) or values.dtype == torch.float64:
         return plain_gather_gradient(values[:, :own_channels], table)
     out = values.new_empty(own_channels * table.num_taps, dtype=torch.float32)
-    with torch.cuda.device_of(values):
-        gather_gradient_kernel[(triton.cdiv(table.num_taps, TAPS), own_channels)](
+    with on_device_of(values):
+        gather_gradient_kernel[(cdiv(table.num_taps, TAPS), own_channels)](
             out, values, table.places, table.starts, table.counts, num_channels, own_channels,
             splits, T=table.num_taps, M=num_places, L=table.places.shape[1], TAPS=TAPS,
             PLACES=PLACES, num_warps=4)

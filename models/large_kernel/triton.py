@@ -21,12 +21,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache, reduce
+from functools import cache, reduce
 
 import torch
 from torch import Tensor
 
-from models.fused import jit, tl, triton
+from models.fused import cdiv, jit, next_power_of_2, on_device_of, three, tl, triton
 from models.large_kernel.backend import Backend
 from models.large_kernel.layout import to_channels_last, to_contiguous
 from models.large_kernel.tables import Table, gather, gather_gradient, make_table, tap_numbers
@@ -153,20 +153,19 @@ def _end_branch(out, acc, num_images, num_channels, H: tl.constexpr, W: tl.const
 @jit_once_for("num_images", "num_channels")
 def sum_kernel(out0, out1, out2, x0, x1, x2, blocks, bias, num_images, num_channels,
                H: tl.constexpr, W: tl.constexpr, SEPARATE: tl.constexpr, BIAS: tl.constexpr,
-               FLIP: tl.constexpr, PLACES: tl.constexpr,
+               FLIP: tl.constexpr, PLACES: tl.constexpr, START: tl.constexpr,
                TALL0: tl.constexpr, SHIFTS0: tl.constexpr, OFFSETS0: tl.constexpr,
-               START0: tl.constexpr,
                TALL1: tl.constexpr, SHIFTS1: tl.constexpr, OFFSETS1: tl.constexpr,
-               START1: tl.constexpr,
                TALL2: tl.constexpr, SHIFTS2: tl.constexpr, OFFSETS2: tl.constexpr,
-               START2: tl.constexpr,
                BLOCK: tl.constexpr, GROUP: tl.constexpr):
-    """Up to three branches (no shifts: none) at one tile of one channel of GROUP images, summed in
-    one accumulator, with the channel's bias if BIAS, or, if SEPARATE, each into a map of its
-    own."""
+    """Up to three branches (no shifts: none), whose blocks begin at START, at one tile of one
+    channel of GROUP images, summed in one accumulator, with the channel's bias if BIAS, or, if
+    SEPARATE, each into a map of its own."""
+    START1: tl.constexpr = START + OFFSETS0 * SHIFTS0 * BLOCK * BLOCK
+    START2: tl.constexpr = START1 + OFFSETS1 * SHIFTS1 * BLOCK * BLOCK
     acc = tl.zeros((BLOCK, GROUP * BLOCK), tl.float32)
     acc = _add_branch(acc, x0, blocks, num_images, num_channels, H, W, TALL0, SHIFTS0, OFFSETS0,
-                      START0, PLACES, FLIP, BLOCK, GROUP)
+                      START, PLACES, FLIP, BLOCK, GROUP)
     out = out0
     if SHIFTS1 > 0:
         acc = _end_branch(out, acc, num_images, num_channels, H, W, SEPARATE, TALL0, TALL1,
@@ -240,11 +239,13 @@ class Form:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What a call's sizes decide. The blocks of all its kernels are one tensor (C, PLACES)."""
+    """What a call's sizes decide. The blocks of all its kernels are one tensor (C, PLACES).
+    `constants` are those of sum_kernel, for three kernels after the other."""
 
     forms: tuple[Form, ...]
     table: Table
     block: int
+    constants: tuple[dict[str, int], ...]
 
 
 def block_size(height: int, width: int, dtype: torch.dtype) -> int:
@@ -254,10 +255,14 @@ def block_size(height: int, width: int, dtype: torch.dtype) -> int:
     return next(block for block in (16, 32, 64) if block >= min(max(height, width), largest))
 
 
-@lru_cache(maxsize=256)
-def plan_of(sizes: tuple[tuple[int, int], ...], height: int, width: int, dtype: torch.dtype,
-            device: torch.device) -> Plan:
-    """For kernels of these sizes. Of each only what such a map reaches is given blocks."""
+@cache
+def plan_of(shape: torch.Size, dtype: torch.dtype, device: torch.device,
+            kernels: tuple[torch.Size, ...]) -> Plan:
+    """For maps of this shape (C, H, W) and kernels of these. Of each only what such a map reaches
+    is given blocks."""
+    check(shape, dtype, kernels)
+    height, width = shape[1:]
+    sizes = [tuple(kernel[2:]) for kernel in kernels]
     block = block_size(height, width, dtype)
     here, forms, indices, start = torch.arange(block), [], [], 0
     for number, (kh, kw) in enumerate(sizes):
@@ -276,47 +281,60 @@ def plan_of(sizes: tuple[tuple[int, int], ...], height: int, width: int, dtype: 
         forms.append(Form(tall, offsets, shifts, start))
         indices.append(index.flatten())
         start += index.numel()
-    return Plan(tuple(forms), make_table(sizes, torch.cat(indices), device), block)
+    table = make_table(sizes, torch.cat(indices), device)
+    same = dict(H=height, W=width, PLACES=start, BLOCK=block)
+    return Plan(tuple(forms), table, block,
+                tuple(same | constants(forms[i:i + 3]) for i in range(0, len(forms), 3)))
 
 
 def plan_for(x: Tensor, kernels: Sequence[Tensor]) -> Plan:
-    sizes = tuple(tuple(kernel.shape[2:]) for kernel in kernels)
-    return plan_of(sizes, x.shape[2], x.shape[3], x.dtype, x.device)
+    """Raises ValueError unless these kernels can meet the map."""
+    return plan_of(x.shape[1:], x.dtype, x.device, tuple(kernel.shape for kernel in kernels))
 
 
-@lru_cache(maxsize=256)
-def constants(forms: tuple[Form, ...]) -> dict[str, int]:
+def constants(forms: Sequence[Form]) -> dict[str, int]:
     """Of up to three branches for sum_kernel, which takes the last one's form for those missing."""
-    result = {}
+    result = dict(START=forms[0].start)
     for i in range(3):
         form = forms[min(i, len(forms) - 1)]
-        result |= {f"TALL{i}": form.tall, f"OFFSETS{i}": form.offsets, f"START{i}": form.start,
+        result |= {f"TALL{i}": form.tall, f"OFFSETS{i}": form.offsets,
                    f"SHIFTS{i}": form.shifts if i < len(forms) else 0}
     return result
 
 
-def three(values: Sequence) -> list:
-    """Up to three values, the last one repeated: Triton 3.2 takes no tuple of pointers."""
-    return [*values, *[values[-1]] * (3 - len(values))]
+def check(shape: torch.Size, dtype: torch.dtype, kernels: Sequence[torch.Size]) -> None:
+    if len(shape) != 3 or dtype not in DTYPES or shape[1] * shape[2] == 0:
+        raise ValueError(f"expected a map (N, C, H, W) in float32, bfloat16 or float16, got (N, "
+                         f"{', '.join(map(str, shape))}) in {dtype}.")
+    for kernel in kernels:
+        channels, one, height, width = kernel
+        if channels > shape[0] or one != 1 or height % 2 == 0 or width % 2 == 0:
+            raise ValueError(f"a map with {shape[0]} channels takes kernels ({shape[0]}, 1, odd, "
+                             f"odd), got {tuple(kernel)}.")
+    if not kernels:
+        raise ValueError("expected at least one kernel, got none.")
 
 
-def launch_sum(xs: Sequence[Tensor], plan: Plan, forms: tuple[Form, ...], blocks: Tensor, *,
-               separate: bool = False, flip: bool = False, bias: Tensor | None = None
-               ) -> list[Tensor]:
-    """Sum of the convolutions of xs[i] with the kernel of forms[i], turned by 180 degrees if
-    `flip`, and of the bias (C,), one map (N, C, H, W), or each convolution by itself, a map per
-    form. The maps are contiguous, three at most."""
+def launch_sum(xs: Sequence[Tensor], plan: Plan, blocks: Tensor, *, separate: bool = False,
+               flip: bool = False, bias: Tensor | None = None) -> list[Tensor]:
+    """Sum of the convolutions of xs[i] with the kernel i, turned by 180 degrees if `flip`, and of
+    the bias (C,): a map (N, C, H, W) for each launch, which takes three kernels. Or each
+    convolution by itself if `separate`. The maps are contiguous."""
     num_images, num_channels, height, width = xs[0].shape
-    outs = [torch.empty_like(xs[0]) for _ in (forms if separate else forms[:1])]
-    group = min(COLUMNS // plan.block, triton.next_power_of_2(max(num_images, 1)))
-    tiles = triton.cdiv(height, plan.block) * triton.cdiv(width, plan.block)
-    with torch.cuda.device_of(xs[0]):
-        sum_kernel[(triton.cdiv(num_images, group) * tiles, num_channels)](
-            *three(outs), *three(xs), blocks, blocks if bias is None else bias,
-            num_images, num_channels, H=height, W=width, SEPARATE=separate,
-            BIAS=bias is not None, FLIP=flip, PLACES=blocks.shape[1], **constants(forms),
-            BLOCK=plan.block, GROUP=group, **LAUNCH)
-    return outs
+    group = min(COLUMNS // plan.block, next_power_of_2(num_images))
+    tiles = cdiv(height, plan.block) * cdiv(width, plan.block)
+    result = []
+    with on_device_of(xs[0]):
+        for i, form in enumerate(plan.constants):
+            some = xs[3 * i:3 * i + 3]
+            outs = [torch.empty_like(x) for x in (some if separate else some[:1])]
+            sum_kernel[(cdiv(num_images, group) * tiles, num_channels)](
+                *three(outs), *three(some), blocks, blocks if bias is None else bias, num_images,
+                num_channels, SEPARATE=separate, BIAS=bias is not None, FLIP=flip, GROUP=group,
+                **form, **LAUNCH)
+            result += outs
+            bias = None
+    return result
 
 
 def launch_products(x: Tensor, gradients: Sequence[Tensor], plan: Plan) -> Tensor:
@@ -324,35 +342,21 @@ def launch_products(x: Tensor, gradients: Sequence[Tensor], plan: Plan) -> Tenso
     The maps are contiguous."""
     num_images, num_channels, height, width = x.shape
     block, num_places = plan.block, len(plan.table.index)
-    images = min(DEPTH // block, triton.next_power_of_2(max(num_images, 1)))
-    steps = triton.cdiv(num_images, images)
-    groups = [min(COLUMNS // block, triton.next_power_of_2(form.shifts)) for form in plan.forms]
-    programs = [form.offsets * triton.cdiv(form.shifts, group)
+    images = min(DEPTH // block, next_power_of_2(num_images))
+    steps = cdiv(num_images, images)
+    groups = [min(COLUMNS // block, next_power_of_2(form.shifts)) for form in plan.forms]
+    programs = [form.offsets * cdiv(form.shifts, group)
                 for form, group in zip(plan.forms, groups)]
     splits = max(1, min(MIN_PROGRAMS // (min(programs) * num_channels), steps))
     out = x.new_empty((splits, num_channels, num_places), dtype=torch.float32)
-    with torch.cuda.device_of(out):
+    with on_device_of(out):
         for gradient, form, group, number in zip(gradients, plan.forms, groups, programs):
             product_kernel[(number, num_channels, splits)](
-                out, x, gradient, num_images, num_channels, triton.cdiv(steps, splits) * images,
+                out, x, gradient, num_images, num_channels, cdiv(steps, splits) * images,
                 H=height, W=width, TALL=form.tall, SHIFTS=form.shifts, OFFSETS=form.offsets,
                 START=form.start, PLACES=num_places, BLOCK=block, GROUP=group, IMAGES=images,
                 **LAUNCH)
     return out
-
-
-def check(x: Tensor, kernels: Sequence[Tensor]) -> None:
-    """Raise ValueError unless these kernels can meet the map."""
-    if x.dim() != 4 or x.dtype not in DTYPES or x.shape[2] * x.shape[3] == 0:
-        raise ValueError(f"expected a map (N, C, H, W) in float32, bfloat16 or float16, got "
-                         f"{tuple(x.shape)} in {x.dtype}.")
-    for kernel in kernels:
-        channels, one, height, width = kernel.shape
-        if channels > x.shape[1] or one != 1 or height % 2 == 0 or width % 2 == 0:
-            raise ValueError(f"a map with {x.shape[1]} channels takes kernels ({x.shape[1]}, 1, "
-                             f"odd, odd), got {tuple(kernel.shape)}.")
-    if not kernels:
-        raise ValueError("expected at least one kernel, got none.")
 
 
 class Triton(Backend):
@@ -380,40 +384,29 @@ class Triton(Backend):
 
     def matrices(self, x: Tensor, kernels: Sequence[Tensor]) -> list[Tensor]:
         """The Toeplitz blocks of all kernels, (C, PLACES)."""
-        check(x, kernels)
         return [gather(kernels, plan_for(x, kernels).table, x.shape[1], x.dtype)]
 
     def total(self, x: Tensor, kernels: Sequence[Tensor], prepared: Sequence[Tensor],
               bias: Tensor) -> Tensor:
-        """In one launch for up to three kernels, and one for the layout."""
-        check(x, kernels)
-        plan, x, parts = plan_for(x, kernels), to_contiguous(x), []
-        for i in range(0, len(kernels), 3):
-            forms = plan.forms[i:i + 3]
-            parts += launch_sum([x] * len(forms), plan, forms, *prepared,
-                                bias=None if i else bias)
-        return to_channels_last(reduce(torch.add, parts))
+        """In one launch for up to three kernels."""
+        plan, x = plan_for(x, kernels), to_contiguous(x)
+        parts = launch_sum([x] * len(kernels), plan, *prepared, bias=bias)
+        return reduce(torch.add, parts)
 
     def outputs(self, x: Tensor, kernels: Sequence[Tensor], matrices: Sequence[Tensor] = ()
                 ) -> list[Tensor]:
         """In one launch for up to three kernels."""
-        matrices = matrices or self.matrices(x, kernels)
-        plan, x, result = plan_for(x, kernels), to_contiguous(x), []
-        for i in range(0, len(kernels), 3):
-            forms = plan.forms[i:i + 3]
-            result += launch_sum([x] * len(forms), plan, forms, *matrices, separate=True)
-        return result
+        blocks, = matrices or self.matrices(x, kernels)
+        xs = [to_contiguous(x)] * len(kernels)
+        return launch_sum(xs, plan_for(x, kernels), blocks, separate=True)
 
     def input_gradient(self, gradients: Sequence[Tensor], kernels: Sequence[Tensor],
                        matrices: Sequence[Tensor] = ()) -> Tensor:
         """In one launch for up to three kernels, and one for the layout."""
         check_gradients(gradients[0], gradients, kernels)
-        matrices = matrices or self.matrices(gradients[0], kernels)
-        plan, parts = plan_for(gradients[0], kernels), []
-        gradients = [to_contiguous(gradient) for gradient in gradients]
-        for i in range(0, len(kernels), 3):
-            parts += launch_sum(gradients[i:i + 3], plan, plan.forms[i:i + 3], *matrices,
-                                flip=True)
+        blocks, = matrices or self.matrices(gradients[0], kernels)
+        parts = launch_sum([to_contiguous(gradient) for gradient in gradients],
+                           plan_for(gradients[0], kernels), blocks, flip=True)
         return to_channels_last(reduce(torch.add, parts))
 
     def kernel_gradients(self, x: Tensor, gradients: Sequence[Tensor], kernels: Sequence[Tensor]
@@ -426,7 +419,6 @@ class Triton(Backend):
 
 
 def check_gradients(x: Tensor, gradients: Sequence[Tensor], kernels: Sequence[Tensor]) -> None:
-    check(x, kernels)
     if len(gradients) != len(kernels):
         raise ValueError(f"expected one gradient for each kernel, got {len(gradients)} gradients "
                          f"for {len(kernels)} kernels.")

@@ -1,0 +1,33 @@
+"""What tests of a GPU's work share: their file run as a script, in a process of its own. Triton's
+interpreter is chosen before Triton is imported, and conftest.py hides the GPU from the tests."""
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SUCCESS = "every comparison holds"
+ON_GPU = {"CUDA_VISIBLE_DEVICES": "0", "TRITON_INTERPRET": "0"}
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None,
+                                  reason="Triton is not installed")
+needs_gpu = pytest.mark.skipif(shutil.which("nvidia-smi") is None, reason="no GPU")
+
+
+def run_script(file: str, *words: str, **environment: str) -> str:
+    """What it prints; of one that fails, the error as well."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
+    run = subprocess.run([sys.executable, file, *words], cwd=ROOT, env=environment, text=True,
+                         capture_output=True)
+    if "only 0-dimensional arrays" in run.stderr:
+        pytest.skip("the interpreter of this Triton does not know this NumPy")
+    return run.stdout if run.returncode == 0 else run.stdout + run.stderr
+
+
+def tell(failures: Sequence[str]) -> None:
+    print("\n".join(failures) or SUCCESS)

@@ -1,0 +1,206 @@
+"""A captured step is the direct one: on a GPU by CUDA graphs, on a CPU by a stand-in that replays
+as they do, into the tensors of the recording."""
+import copy
+import math
+import random
+
+import pytest
+import torch
+from torch import nn
+
+import engine
+from tests.helpers import (
+    make_batches,
+    make_options,
+    make_state,
+    make_teacher,
+    micro_convnext_bn,
+    no_mix,
+)
+from tests.kernels import ON_GPU, SUCCESS, needs_gpu, run_script, tell
+from tests.test_train import REPOSITORY, SMALL, TAUGHT, assert_identical, torchrun
+from utils.cuda_graphs import WARM_UPS, Captured, tensors_of
+from utils.faults import has_cuda_graphs
+from utils.registry import UserError
+
+NUM_STEPS = WARM_UPS + 4
+
+
+class Replayed(Captured):
+    """Does on a CPU what Captured does on a GPU."""
+
+    device_type = "cpu"
+
+    def _on_stream(self, call):
+        return call()
+
+    def _capture(self, call):
+        before = copy.deepcopy(self.module.state_dict())
+        outputs = call()  # computes, which a recording does not: undone
+        self.module.load_state_dict(before)
+        gradients = [parameter.grad for parameter in self.parameters]
+
+        def replay() -> None:
+            for parameter in self.parameters:
+                parameter.grad = None
+            with torch.no_grad():
+                for kept, new in zip(tensors_of(outputs), tensors_of(self._again(call))):
+                    kept.copy_(new)
+                for kept, parameter in zip(gradients, self.parameters):
+                    if kept is not None:
+                        kept.copy_(parameter.grad)
+
+        return replay, outputs
+
+    @torch.enable_grad()
+    def _again(self, call):
+        return call()
+
+
+def run(is_captured: bool, device: str, *, accum_steps: int = 1, loss: dict | None = None,
+        drop_path: float = 0.0, amp_dtype: torch.dtype | None = None) -> engine.TrainState:
+    """NUM_STEPS updates of a student, from the same start on the same images."""
+    torch.manual_seed(0)
+    teacher = make_teacher().to(device)
+    student = micro_convnext_bn(drop_path=drop_path)
+    state = make_state(student, loss or {"nkd": {}, "fd": {}}, teacher, ema=True)
+    state.distiller.to(device)
+    state.scaler = torch.amp.GradScaler(device, enabled=amp_dtype is torch.float16)
+    if is_captured:
+        kind = Captured if device == "cuda" else Replayed
+        teacher.captured = kind("the teacher", is_on=True)
+        state.captured = kind("the step", state.distiller.parameters(), is_on=True)
+        teacher.captured.module, state.captured.module = teacher, state.distiller
+    options = make_options(device=torch.device(device), accum_steps=accum_steps,
+                           amp_dtype=amp_dtype)
+    state.wrapped.train()
+    batches = iter(make_batches(NUM_STEPS * accum_steps))
+    for _ in range(NUM_STEPS):
+        engine.accumulate_gradients(state, batches, teacher, no_mix, options)
+        engine.optimizer_update(state, clip_grad=1.0)
+    if is_captured:
+        assert teacher.captured.replay and state.captured.replay
+    return state
+
+
+def difference(found: engine.TrainState, expected: engine.TrainState) -> float:
+    """The largest of any weight, statistic or logged mean."""
+    pairs = [(mine, theirs) for a, b in ((found.distiller, expected.distiller),
+                                         (found.ema.model, expected.ema.model))
+             for mine, theirs in zip(a.state_dict().values(), b.state_dict().values())]
+    means, expected_means = found.meter.means(), expected.meter.means()
+    assert means.keys() == expected_means.keys() and all(map(math.isfinite, means.values()))
+    return max(*[(a - b).abs().max().item() for a, b in pairs],
+               *[abs(means[name] - expected_means[name]) for name in means])
+
+
+@pytest.mark.parametrize("accum_steps", [1, 3])
+def test_a_replayed_run_is_the_direct_one(accum_steps):
+    assert difference(*[run(is_captured, "cpu", accum_steps=accum_steps)
+                        for is_captured in (True, False)]) == 0
+
+
+def test_calls_of_other_shapes_are_direct():
+    captured = Replayed(is_on=True)
+    captured.module = nn.Identity()
+    for number in range(WARM_UPS + 3):
+        for size in (4, 5):
+            assert torch.equal(captured(torch.square, torch.full((size,), 1. + number)),
+                               torch.full((size,), 1. + number) ** 2)
+    assert len(captured.inputs[0]) == 4
+
+
+@pytest.mark.parametrize("draw", [random.random, lambda: torch.rand(())])
+def test_random_numbers_of_the_host_are_not_repeated(draw, capsys):
+    captured = Replayed("it", is_on=True)
+    found = {float(captured(lambda x: x * draw(), torch.ones(()))) for _ in range(WARM_UPS + 5)}
+    assert len(found) == WARM_UPS + 5
+    assert "CUDA graphs: it is launched part by part, for it draws random numbers" in (
+        capsys.readouterr().out)
+
+
+def test_what_cannot_be_recorded_is_called(capsys, monkeypatch):
+    def fail(self, call):
+        raise RuntimeError("operation not permitted")
+
+    monkeypatch.setattr(Replayed, "_capture", fail)
+    captured = Replayed("it", is_on=True)
+    assert [float(captured(torch.neg, torch.tensor(float(i)))) for i in range(6)] == [
+        -float(i) for i in range(6)]
+    assert capsys.readouterr().out.count("operation not permitted") == 1
+
+
+# On a GPU
+
+ON_A_GPU = {
+    "plain": {}, "accumulated": {"accum_steps": 3}, "drop path": {"drop_path": 0.3},
+    "bf16": {"amp_dtype": torch.bfloat16}, "fp16": {"amp_dtype": torch.float16},
+    "other losses": {"loss": {"dkd": {}, "dist": {}, "mgd": {}}},
+    "without a teacher's features": {"loss": {"kd": {}, "ce": {}}}}
+
+
+BOUND = 1e-3  # seven updates at a rate of 1e-3 move a weight by more
+
+
+def failures() -> list[str]:
+    torch.use_deterministic_algorithms(True, warn_only=True)  # Adam makes much of small differences
+    found = []
+    for what, options in ON_A_GPU.items():
+        apart = difference(*[run(is_captured, "cuda", **options) for is_captured in (True, False)])
+        print(f"{what}: {apart:.1e} apart")
+        if not apart <= BOUND:
+            found.append(f"{what}: {apart:.1e} apart")
+    # A recording that fails leaves the GPU as it was.
+    captured = Captured("it", is_on=True)
+    for i in range(WARM_UPS + 2):
+        x = torch.full((3,), float(i), device="cuda")
+        if captured(lambda x: x * x.sum().item(), x).tolist() != [3. * i * i] * 3:
+            found.append(f"a call after a failed recording, number {i}")
+    if captured.is_on or not torch.rand(2, device="cuda").isfinite().all():
+        found.append("the GPU after a failed recording")
+    return found
+
+
+@needs_gpu
+def test_a_graph_is_the_direct_run():
+    printed = run_script(__file__, **ON_GPU)
+    assert SUCCESS in printed, printed
+
+
+# Started by torchrun: a run in DistributedDataParallel, and one that averages its gradients itself.
+TWO_RUNS = """
+import sys
+sys.path.insert(0, {root!r})
+import train_kd
+from utils import distributed, faults
+
+distributed.shutdown, shutdown = lambda: None, distributed.shutdown  # the processes stay together
+for name, cuda_graphs in (("within", False), ("after", True)):
+    faults.has_cuda_graphs = lambda asked, device: cuda_graphs
+    assert train_kd.main([*{words!r}, "--output-dir", {folder!r} + "/" + name]) == 0
+shutdown()
+"""
+
+
+def test_gradients_averaged_after_the_backward_pass_are_those_averaged_within(tmp_path):
+    program = tmp_path / "program.py"
+    words = [*SMALL, *TAUGHT, "--accum-steps", "2", "--batch-size", "4", "--model-ema"]
+    program.write_text(TWO_RUNS.format(root=str(REPOSITORY), words=words, folder=str(tmp_path)))
+    told = torchrun(program=str(program))
+    assert told.count("replayed from CUDA graphs") == 1
+    within, after = [torch.load(tmp_path / name / "checkpoint-last.pth", weights_only=True)
+                     for name in ("within", "after")]
+    for part in ("model", "model_ema", "optimizer", "meter"):
+        assert_identical(within[part], after[part])
+
+
+def test_the_flag_needs_a_gpu():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert [has_cuda_graphs(asked, device) for device in (cpu, gpu) for asked in (None, False)] == [
+        False, False, True, False]
+    with pytest.raises(UserError, match="--cuda-graphs needs an NVIDIA GPU; this run is on cpu"):
+        has_cuda_graphs(True, cpu)
+
+
+if __name__ == "__main__":
+    tell(failures())
