@@ -55,14 +55,14 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     ema: ModelEma | None  # of the student
-    wrapped: nn.Module  # the distiller, in DistributedDataParallel when there are many processes
+    wrapped: nn.Module  # the distiller as the step calls it, itself or in DistributedDataParallel
     sparsity: Masks | None = None  # the student's
     step: int = 0  # updates done
     epoch: int = 0  # epochs done, their evaluation included
     best: dict[str, float] = field(default_factory=dict)  # best_acc1, best_acc1_ema, percent
     classes: list[str] = field(default_factory=list)  # names by label, for whoever reads the file
     meter: Meter = field(default_factory=Meter)  # of the epoch in progress
-    captured: Captured = field(default_factory=Captured)  # forward and backward, where it is on
+    captured: Captured = field(default_factory=Captured)  # what calls forward and backward
 
     def networks(self) -> dict[str, nn.Module]:
         """What is evaluated, by the suffix of its log keys: the student and its average."""
@@ -246,22 +246,22 @@ def accumulate_gradients(state: TrainState, batches: Iterator, teacher: Teacher 
             with options.autocast():
                 teacher_output = teacher.teach(images, position)
         is_last = micro + 1 == options.accum_steps
-        values = state.captured(partial(forward_backward, state, options, is_last),
-                                images, targets, teacher_output)
-        for group in values:
-            state.meter.add(group, state.step)
+        is_ddp = isinstance(state.wrapped, DistributedDataParallel)
+        with nullcontext() if is_last or not is_ddp else state.wrapped.no_sync():
+            groups = state.captured(partial(forward_backward, state, options), images, targets,
+                                    teacher_output)
+        for values in groups:
+            state.meter.add(values, state.step)
     return num_images
 
 
-def forward_backward(state: TrainState, options: StepOptions, is_last: bool, images: Tensor,
-                     targets: Tensor, teacher_output: Any) -> list[dict[str, Tensor]]:
-    """Add the gradients of one micro-batch, the last one of an update or not; the values to be
-    logged: the losses' and the teacher's. All that it does is launched on the device."""
-    is_ddp = isinstance(state.wrapped, DistributedDataParallel)
-    with nullcontext() if is_last or not is_ddp else state.wrapped.no_sync():
-        with options.autocast():
-            total, terms, student_logits = state.wrapped(images, targets, teacher_output)
-        state.scaler.scale(total / options.accum_steps).backward()
+def forward_backward(state: TrainState, options: StepOptions, images: Tensor, targets: Tensor,
+                     teacher_output: Any) -> list[dict[str, Tensor]]:
+    """Add the gradients of one micro-batch. Returns what is logged: the values of the losses, and
+    those of the teacher."""
+    with options.autocast():
+        total, terms, student_logits = state.wrapped(images, targets, teacher_output)
+    state.scaler.scale(total / options.accum_steps).backward()
     values = [{name: value.detach() for name, value in {**terms, "loss": total}.items()}]
     if teacher_output is not None:
         values.append(teacher_metrics(student_logits, teacher_output.logits, targets))

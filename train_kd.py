@@ -63,7 +63,7 @@ def build_parser() -> Parser:
     flag("--bce", action=switch, default=False, help="short for --loss bce")
     flag("--teacher-cache", type=Path, metavar="DIR", help="kept logits; docs/teacher_cache.md")
     flag("--teacher-cache-only", action=switch, default=False, help="never load the teacher")
-    flag("--teacher-cache-top", type=at_least(0), default=0, help="classes kept, 0 = all; see there")
+    flag("--teacher-cache-top", type=at_least(0), default=0, help="classes kept; 0 = all")
     flag("--teacher-cache-epochs", type=at_least(0), default=0, help="kept, used in turn; 0 = all")
     flag("--fill-cache", action=switch, default=False, help="fill it, and train nothing")
 
@@ -79,7 +79,7 @@ def build_parser() -> Parser:
     flag("--scale", type=float, nargs=2, default=[0.08, 1.0], help="area of the random crop")
     flag("--ratio", type=float, nargs=2, default=[3 / 4, 4 / 3], help="aspect of the random crop")
     flag("--hflip", type=between(0.0, 1.0), default=0.5, help="probability of a horizontal flip")
-    flag("--aa", default="rand-m9-mstd0.5-inc1", help="a RandAugment policy, ta, 3a, or none; docs/data.md")
+    flag("--aa", default="rand-m9-mstd0.5-inc1", help="a RandAugment policy, ta, 3a or none")
     flag("--repeated-aug", action=switch, default=False, help="a third of the images, thrice each")
     flag("--reprob", type=between(0.0, 1.0), default=0.25, help="probability of random erasing")
     flag("--mixup", type=at_least(0.0), default=0.8, help="mixup alpha, 0 = off")
@@ -137,8 +137,8 @@ def add_running_flags(parser: Parser) -> None:
     flag("--auto-resume", action=switch, default=True, help="continue the folder's last checkpoint")
     flag("--save-freq", type=at_least(0), default=10, help="epochs between numbered, 0 = none")
     flag("--save-num", type=at_least(0), default=3, help="numbered checkpoints to keep, 0 = all")
-    flag("--save-best", choices=["weights", "full"], default="weights", help="full: a run can go on "
-         "from best and numbered checkpoints")
+    flag("--save-best", choices=["weights", "full"], default="weights", help="what best "
+         "and numbered checkpoints hold; full: all that a run needs to go on from them")
     flag("--save-every-steps", type=at_least(0), default=0, help="updates between saves, 0 = off")
     flag("--print-every", type=at_least(1), default=50, help="updates between looks at the loss")
     flag("--dry-run", action=switch, default=False, help="build and print everything, then stop")
@@ -433,8 +433,8 @@ def wrap(args: argparse.Namespace, distiller: Distiller, teacher: FrozenTeacher 
     if args.cuda_graphs and teacher is not None:
         teacher.capture()
     if args.cuda_graphs and not (distributed.world_size() > 1 and distiller.has_batch_norm):
-        captured = distiller.capture()  # else its BatchNorms wait for the other processes
-    wrapped = distributed.parallelize(distiller, device, averages=captured is not None)
+        captured = distiller.capture()  # but BatchNorms that wait for other processes cannot be
+    wrapped = distributed.parallelize(distiller, device, in_ddp=captured is None)
     return {"wrapped": wrapped, "captured": captured, "ema": ema}
 
 
@@ -459,8 +459,10 @@ def print_run(args: argparse.Namespace, state: engine.TrainState, teacher: Froze
     for sentence in optim.describe_schedule(vars(args), args.defaults, args.chosen):
         print_once(sentence)
     what = "all" if args.compile else "teacher" if args.compile_teacher else "nothing"
-    print_once(f"{num_val:,} validation images; {device}, precision {args.amp}, compiled: {what}"
-               f"{', replayed from CUDA graphs' * args.cuda_graphs}")
+    graphs = [name for name, is_on in (("teacher", teacher and teacher.captured.is_on),
+                                       ("step", state.captured.is_on)) if is_on]
+    print_once(f"{num_val:,} validation images; {device}, precision {args.amp}, compiled: {what}, "
+               f"CUDA graphs: {' and '.join(graphs) or 'none'}")
     if state.sparsity is not None:
         print_once(f"sparsity: {state.sparsity.describe()}")
     if args.teacher_cache:

@@ -54,7 +54,8 @@ class ConvNeXtBlock(nn.Module):
     `mixer` is the depthwise part; it is registered as `mixer_name`, the checkpoint's name for it.
     Its `in_any_layout(x)` gives what it gives, channels-last or contiguous, whichever costs less.
     `grn` puts a response normalisation into the MLP, as ConvNeXt V2 does. x may carry channels of
-    zeros behind the block's own; they stay zeros.
+    zeros behind the block's own; they stay zeros. Where one kernel computes a frozen block, its
+    layers are not called, nor are their hooks.
     """
 
     def __init__(self, dim: int, mixer_name: str, mixer: nn.Module, *, drop_path: float,

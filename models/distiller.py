@@ -215,8 +215,8 @@ class Distiller(nn.Module):
         return any(isinstance(module, _BatchNorm) for module in self.modules())
 
     def capture(self) -> Captured:
-        """What lets the step replay forward and backward from a CUDA graph. Launches then cost no
-        time of the host's, so the student may fill up its widths."""
+        """What replays forward and backward of a step from a CUDA graph. Launches then cost the
+        host nothing, so the student is told to fill up its widths."""
         self.student.pads_widths = True
         return Captured("the step", self.parameters(), is_on=True)
 

@@ -105,7 +105,7 @@ class FoldedLargeKernel(LargeKernelModule):
             self.convs.append(conv)
         self.convs[0].bias.data.copy_(bias)
         self.prepared = Prepared()
-        self.register_load_state_dict_post_hook(lambda module, _: module.prepared.clear())
+        self.register_load_state_dict_post_hook(_forget_prepared)
 
     def forward(self, x: Tensor) -> Tensor:
         return self._sum(x, any_layout=False)
@@ -119,6 +119,10 @@ class FoldedLargeKernel(LargeKernelModule):
 
     def kernels(self) -> list[Tensor]:
         return [conv.weight for conv in self.convs]
+
+
+def _forget_prepared(module: FoldedLargeKernel, _: object) -> None:
+    module.prepared.clear()
 
 
 # The pair of the quickstart: a large-kernel network of two stages, and one with 3x3 kernels only.

@@ -3,24 +3,17 @@
 Triton's interpreter must be chosen before Triton is imported, so its part runs in a process of its
 own: this file, as a script.
 """
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.fused import triton
 from models.large_kernel import layout
 from models.large_kernel.dense import BACKEND, LARGEST_MAP
 from models.large_kernel.operator import BACKENDS, choose, depthwise, set_backend
 from models.slak import LargeKernel
+from tests.kernels import SUCCESS, needs_triton, run_script, tell
 
-ROOT = Path(__file__).parent.parent
-SUCCESS = "every comparison holds"
 # Of the maximum. Triton's interpreter cuts bfloat16 off where processors round.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1.2e-2,
               torch.float16: 2e-3}
@@ -124,19 +117,10 @@ def failures() -> list[str]:
     return found
 
 
-@pytest.mark.skipif(triton is None, reason="Triton is not installed")
+@needs_triton
 def test_interpreted_kernels_equal_the_plain_path():
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
-                   "TRITON_INTERPRET": "1"}
-    run = subprocess.run([sys.executable, __file__], cwd=ROOT, env=environment, text=True,
-                         capture_output=True)
-    if "only 0-dimensional arrays" in run.stderr:
-        pytest.skip("the interpreter of this Triton does not know this NumPy")
-    assert SUCCESS in run.stdout, run.stdout + run.stderr
-
-
-if __name__ == "__main__":
-    print("\n".join(failures()) or SUCCESS)
+    printed = run_script(__file__, TRITON_INTERPRET="1")
+    assert SUCCESS in printed, printed
 
 
 def test_a_compiled_training_step_gets_gradients_of_its_own():
@@ -151,3 +135,7 @@ def test_a_compiled_training_step_gets_gradients_of_its_own():
         maps.append([parameter.grad for parameter in layer.parameters()])
     for eager, found in zip(*maps):
         torch.testing.assert_close(found, eager)
+
+
+if __name__ == "__main__":
+    tell(failures())

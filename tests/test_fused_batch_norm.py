@@ -4,12 +4,9 @@ Triton's interpreter must be chosen before Triton is imported, so the comparison
 of their own: this file, as a script.
 """
 import copy
-import importlib.util
-import os
 import socket
-import subprocess
 import sys
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -18,8 +15,8 @@ from torch import nn
 
 from models.fused import batch_norm
 from models.fused.batch_norm import can_fuse, sum_of_batch_norms
+from tests.kernels import SUCCESS, needs_triton, run_script, tell
 
-ROOT = Path(__file__).parent.parent
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # of the maximum
 FIRST, LAST = torch.contiguous_format, torch.channels_last
 # maps, shape, their layout, that of the gradient
@@ -31,7 +28,6 @@ CASES = [
     (1, (3, 2, 28, 28), FIRST, FIRST),
     (2, (2, 4, 1, 1), FIRST, LAST),
 ]
-SUCCESS = "every comparison holds"
 
 
 def plain(maps, norms):
@@ -162,27 +158,10 @@ def process_failures(rank: int, port: str) -> list[str]:
     return differences(found, expected, 1e-5)
 
 
-def run_script(*arguments: str) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
-                   "TRITON_INTERPRET": "1"}
-    return subprocess.Popen([sys.executable, __file__, *arguments], cwd=ROOT, env=environment,
-                            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-
-def assert_success(process: subprocess.Popen) -> None:
-    printed, _ = process.communicate(timeout=300)
-    if "only 0-dimensional arrays" in printed:
-        pytest.skip("the interpreter of this Triton does not know this NumPy")
-    assert SUCCESS in printed, printed
-
-
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None,
-                                  reason="Triton is not installed")
-
-
 @needs_triton
 def test_interpreted_kernels_equal_the_modules():
-    assert_success(run_script())
+    printed = run_script(__file__, TRITON_INTERPRET="1")
+    assert SUCCESS in printed, printed
 
 
 @needs_triton
@@ -190,8 +169,10 @@ def test_two_processes_share_their_sums():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    for process in [run_script(rank, port) for rank in "01"]:
-        assert_success(process)
+    with ThreadPoolExecutor() as threads:
+        for printed in threads.map(
+                lambda rank: run_script(__file__, rank, port, TRITON_INTERPRET="1"), "01"):
+            assert SUCCESS in printed, printed
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -229,5 +210,4 @@ def test_what_the_kernels_do_not_compute_is_noticed(monkeypatch):
 
 
 if __name__ == "__main__":
-    wrong = process_failures(int(sys.argv[1]), sys.argv[2]) if len(sys.argv) > 1 else failures()
-    print("\n".join(wrong) or SUCCESS)
+    tell(process_failures(int(sys.argv[1]), sys.argv[2]) if len(sys.argv) > 1 else failures())

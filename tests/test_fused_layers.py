@@ -5,6 +5,7 @@ their own: this file, as a script. It prints one line for each comparison that f
 """
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -122,6 +123,27 @@ def second_derivatives(device: str) -> list[str]:
     return found
 
 
+def recorded(device: str) -> list[str]:
+    """Kernels of ours that torch.export or the tracer wrote down for other programs."""
+    x = torch.randn(1, 8, 5, 5, device=device, dtype=torch.bfloat16)
+    x = x.contiguous(memory_format=torch.channels_last)
+    model = nn.Sequential(DepthwiseConv2d(8, 3), Norm(8)).to(device, torch.bfloat16)
+    exported = torch.export.export(model, (x,), strict=False).graph.nodes
+    nodes = [str(node.target) for node in exported]
+    nodes += [node.kind() for node in torch.jit.trace(model, x).inlined_graph.nodes()]
+    assert len(nodes) > 10
+    return [f"recorded: {node}" for node in nodes if "fused" in node]
+
+
+def needlessly_kept(device: str) -> list[str]:
+    """A graph keeps what its backward pass reads, and no other input."""
+    x, weight, bias = [torch.ones(8, device=device, requires_grad=True) for _ in range(3)]
+    left = weakref.ref(bias := bias.clone())
+    y = layer_norm(x[None], weight, bias, 1e-6)
+    del bias
+    return [f"{y.grad_fn} keeps the bias"] if left() is not None else []
+
+
 class Norm(nn.LayerNorm):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return layer_norm(x.permute(0, 2, 3, 1), self.weight, self.bias, self.eps)
@@ -140,7 +162,7 @@ def failures(device: str) -> list[str]:
         if not error <= TOLERANCES[dtype]:  # NaN, where something was left unwritten, fails
             found.append(f"{what} in {dtype}: error {error:.1e}")
     print("largest errors:", worst)
-    return found + second_derivatives(device)
+    return found + second_derivatives(device) + recorded(device) + needlessly_kept(device)
 
 
 @needs_triton

@@ -166,6 +166,8 @@ def test_only_what_the_kernel_computes_is_left_to_it(_fits):
     assert not can_fuse(learns=True)
     with torch.no_grad():
         assert can_fuse(learns=True)
+        with mock.patch.object(torch.jit, "is_tracing", return_value=True):
+            assert not can_fuse()
 
 
 def test_blocks_of_other_layers_stay_as_they_are(_fits, monkeypatch):

@@ -3,17 +3,21 @@
 A training step of a ConvNet is a thousand launches and more. Where the host needs longer to make
 them than the GPU to compute them, the GPU waits; a replayed graph costs the host one launch.
 """
+import copy
 import random
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from utils.log import print_once
-from utils.registry import one_line
+from utils.log import print_from_any
+from utils.registry import UserError, one_line
 
-# Calls before the recording: they make tables, load kernels, and compile what is to be compiled.
+# Eager calls before the recording: they make tables, load kernels, and compile what is to be. In
+# the last one it is looked at what a graph cannot hold.
 WARM_UPS = 3
 
 
@@ -21,13 +25,14 @@ class Captured:
     """Calls functions; where it `is_on`, a function on a GPU by a CUDA graph from the fourth call.
 
     `captured(function, *inputs)` is `function(*inputs)`: nested tuples, lists and dictionaries of
-    tensors in and out, always the same function. Calls of other shapes than the first's are made
-    directly. What a replayed call gives is overwritten by the next one. The function must make the
-    same launches whatever the values: no decision and no random number of the host's, which would
-    be repeated for ever. Where it draws such a number, or where CUDA cannot record it, that is
-    said, and calls are made directly.
+    tensors in and out, always the same function of the same networks. Calls of other shapes than
+    the first's are eager. What a replayed call gives is overwritten by the next one.
 
-    `parameters`: those whose gradients the function adds to. A replay adds the same, to the bit.
+    The function must make the same launches whatever the values. What the host decides in it is
+    decided once. If it draws random numbers on the host or waits for the GPU, which is noticed, or
+    if the memory is too small for a graph, that is said and all calls are eager.
+
+    `parameters`: those whose gradients the function adds to. A replay adds what the launches would.
     """
 
     device_type = "cuda"
@@ -45,6 +50,9 @@ class Captured:
         self.outputs: Any = None
         self.gradients: list[Tensor | None] = []
 
+    def __deepcopy__(self, memo: dict) -> "Captured":
+        return type(self)(self.what, copy.deepcopy(self.parameters, memo), is_on=self.is_on)
+
     def __call__(self, function: Callable, *inputs: Any) -> Any:
         given = tensors_of(inputs)
         if not self.is_on or given[0].device.type != self.device_type:
@@ -55,8 +63,10 @@ class Captured:
             return function(*inputs)
         if self.replay is None:
             self.calls += 1
-            if self.calls <= WARM_UPS:
-                return self._warm_up(lambda: function(*inputs))
+            if self.calls < WARM_UPS:
+                return self._on_stream(lambda: function(*inputs))
+            if self.calls == WARM_UPS:
+                return self._last_warm_up(lambda: function(*inputs))
             self._record(lambda: function(*inputs), given)
             if self.replay is None:
                 return function(*inputs)
@@ -66,11 +76,13 @@ class Captured:
         self._replay()
         return self.outputs
 
-    def _warm_up(self, call: Callable[[], Any]) -> Any:
-        before = torch.get_rng_state(), random.getstate()
-        result = self._on_stream(call)
-        if not torch.equal(torch.get_rng_state(), before[0]) or random.getstate() != before[1]:
+    def _last_warm_up(self, call: Callable[[], Any]) -> Any:
+        before = _random_states()
+        result, waited = self._watched(call)
+        if _random_states() != before:
             self._give_up("it draws random numbers on the host")
+        elif waited:
+            self._give_up("it waits for the GPU")
         return result
 
     def _record(self, call: Callable[[], Any], inputs: list[Tensor]) -> None:
@@ -79,16 +91,21 @@ class Captured:
             parameter.grad = None  # so that gradients are written, not added
         try:
             self.replay, self.outputs = self._capture(call)
-        except RuntimeError as error:
-            self._give_up(one_line(error).partition(" CUDA kernel errors might")[0])
-        self.inputs = inputs
-        self.gradients = [parameter.grad for parameter in self.parameters]
-        for parameter, gradient in zip(self.parameters, held):
-            parameter.grad = gradient
+            self.inputs = inputs
+            self.gradients = [parameter.grad for parameter in self.parameters]
+        except torch.OutOfMemoryError:
+            self._give_up("the GPU's memory is too small for a graph beside the rest")
+        except RuntimeError as error:  # after which CUDA is not to be relied on
+            raise UserError(f"{self.what} cannot be recorded as a CUDA graph "
+                            f"({one_line(error.__context__ or error)[:300]}). Set "
+                            "--no-cuda-graphs.") from error
+        finally:
+            for parameter, gradient in zip(self.parameters, held):
+                parameter.grad = gradient
 
     def _give_up(self, reason: str) -> None:
         self.is_on = False
-        print_once(f"CUDA graphs: {self.what} is launched part by part, for {reason}")
+        print_from_any(f"CUDA graphs: {self.what} is launched eagerly, for {reason}")
 
     def _replay(self) -> None:
         """Add the gradients to those that are there."""
@@ -120,14 +137,32 @@ class Captured:
         current.wait_stream(self.stream)
         return result
 
+    def _watched(self, call: Callable[[], Any]) -> tuple[Any, bool]:
+        """What the call gives, and whether it made the host wait for the GPU."""
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                result = self._on_stream(call)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        return result, any("synchronizing CUDA op" in str(one.message) for one in told)
+
     def _capture(self, call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        """A graph's `replay`, and where it writes what the call gives. Computes nothing yet. Raises
-        RuntimeError where CUDA cannot record it."""
+        """A graph's `replay`, and where it writes what the call gives. Computes nothing yet."""
         graph = torch.cuda.CUDAGraph()
-        # Other threads, as a loader's, may meanwhile do what a recording thread must not.
-        with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+        # A recording that fails would leave its stream the current one. Other threads, as a
+        # loader's, may meanwhile do what the recording one must not.
+        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(
+                graph, stream=self.stream, capture_error_mode="thread_local"):
             outputs = call()
         return graph.replay, outputs
+
+
+def _random_states() -> tuple:
+    """Of the host's generators, to be compared."""
+    _, numbers, place, *_ = np.random.get_state()
+    return (torch.get_rng_state().numpy().tobytes(), random.getstate(), numbers.tobytes(), place)
 
 
 def tensors_of(value: Any) -> list[Tensor]:

@@ -173,13 +173,13 @@ def _rank_here() -> int:
     return names[:rank()].count(names[rank()])
 
 
-def parallelize(module: nn.Module, device: torch.device, *, averages: bool = False) -> nn.Module:
+def parallelize(module: nn.Module, device: torch.device, *, in_ddp: bool = True) -> nn.Module:
     """`module` in DistributedDataParallel when there are many processes, on GPUs after its own
-    `synchronise_batch_norms()`; itself when there is one, or when it `averages` its gradients by
-    `average_gradients`. All then start with the first process's values."""
+    `synchronise_batch_norms()`; itself when there is one or, not `in_ddp`, when the step calls
+    `average_gradients`. All start with the first process's values."""
     if world_size() == 1:
         return module
-    if averages:
+    if not in_ddp:
         for value in module.state_dict().values():
             broadcast(value)
         return module

@@ -82,8 +82,11 @@ def _full_gpu(text: str, flags: Mapping[str, Any]) -> str:
             others = max(total - free - held, 0)
             figures = (f"; PyTorch holds {held:.2f} of {total:.2f} GiB (in use at most {most:.2f}),"
                        f" other programs {others:.2f}")
+    graphs = "" if flags.get("cuda_graphs", False) is False else (
+        " or --no-cuda-graphs (a graph holds its memory all the time)")
     return (f"the GPU's memory is full{_asked(asked)}{figures}{_batch_size(flags)}. Lower "
-            "--batch-size (the effective batch can stay) or --input-size, or use --amp bf16.")
+            "--batch-size (the effective batch can stay) or --input-size, or use --amp bf16"
+            f"{graphs}.")
 
 
 def _asked(found: re.Match | None) -> str:
@@ -103,11 +106,13 @@ def check_precision(amp: str, device: torch.device) -> None:
 
 
 def has_cuda_graphs(asked: bool | None, device: torch.device) -> bool:
-    """Whether a run uses CUDA graphs: by default on a GPU. Raises UserError where there is none."""
-    if asked and device.type != "cuda":
+    """Whether a run uses CUDA graphs: by default on an NVIDIA GPU. Raises UserError where they are
+    asked for and there is none."""
+    has_any = device.type == "cuda" and torch.version.cuda is not None
+    if asked and not has_any:
         raise UserError(f"--cuda-graphs needs an NVIDIA GPU; this run is on {device}. Leave the "
                         "flag out.")
-    return device.type == "cuda" and asked is not False
+    return has_any and asked is not False
 
 
 def what_to_compile(asked: bool | None, device: torch.device, is_long: bool) -> tuple[bool, bool]:

@@ -24,6 +24,7 @@ from analysis.benchmark.step import Step
 from models.base import model_from_spec
 from utils.config import Parser, at_least, program
 from utils.distributed import num_cores
+from utils.faults import has_cuda_graphs
 from utils.registry import UserError
 
 BASELINE, CEILING = "disk", "no loader"
@@ -109,7 +110,7 @@ def build_step(spec: list[str], device: torch.device, precision: str, is_compile
     student = model_from_spec(spec, "--student", num_classes=num_classes)
     options = common.step_options(device, precision)
     state = common.random_state(student, None, [["ce"]], options,
-                                cuda_graphs=device.type == "cuda")
+                                cuda_graphs=has_cuda_graphs(None, device))
     if is_compiled:
         state.distiller.compile()
     return Step(state, iter(()), None, data.Mixup(num_classes).at, options)

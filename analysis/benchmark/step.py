@@ -107,7 +107,7 @@ class Step(NamedTuple):
 
     def warm_up(self) -> None:
         """Take the steps before and in which CUDA graphs are recorded."""
-        for _ in range(1 + WARM_UPS if self.state.captured.is_on else 0):
+        for _ in range(WARM_UPS if self.state.captured.is_on else 0):
             self()
 
 
@@ -224,7 +224,10 @@ def time_steps(steps: dict[str, Step], repeats: int, dtype: torch.dtype, cache: 
     teacher, and by phase of ours; GiB that each step takes."""
     ours = steps["ours"]
     device = ours.options.device
-    for step in steps.values():
+    memory = {}
+    for name, step in steps.items():
+        step()  # what is made once
+        memory[name] = common.memory_of(step, device)  # a replay would take none
         step.warm_up()
     phases: common.Seconds = {name: [] for name in PHASES}
     watch = common.Stopwatch(device)
@@ -246,7 +249,6 @@ def time_steps(steps: dict[str, Step], repeats: int, dtype: torch.dtype, cache: 
     seconds = common.time_interleaved(actions, repeats, device, shortest)
     if METRICS in seconds:
         seconds[METRICS] = [value / METRICS_AT_A_TIME for value in seconds[METRICS]]
-    memory = {name: common.memory_of(step, device) for name, step in steps.items()}
     return {**seconds, **{name: values[1:] for name, values in phases.items()}}, memory
 
 

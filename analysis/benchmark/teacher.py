@@ -89,13 +89,15 @@ def measure(names: Sequence[str], precisions: Sequence[str], *, batch_size: int,
             for kind, network in networks.items():
                 layout = torch.contiguous_format if kind == "published" else torch.channels_last
                 action = inference(network, images.to(memory_format=layout), dtype)
+                action()  # what is made once
+                memory = common.memory_of(action, device)  # a replay would take none
                 for _ in range(WARM_UPS if device.type == "cuda" else 0):
                     action()
                 error = (action().double() - expected).abs().max() / expected.abs().max()
                 rows.append({
                     "model": name, "pixels": size, "precision": precision, "arrangement": kind,
                     "shown": kind + describe_choice(network, device, dtype), "macs": macs,
-                    "error": error.item(), "memory_gib": common.memory_of(action, device)})
+                    "error": error.item(), "memory_gib": memory})
                 actions[f"{precision}, {name}, {kind}"] = action
     shortest = 0.2 if device.type == "cuda" else 0  # in a row, so that the host runs ahead
     seconds = common.time_interleaved(actions, repeats, device, shortest)

@@ -28,6 +28,15 @@ def _nothing():
 
 # TRITON_INTERPRET=1, set before Triton is imported, runs kernels slowly on a CPU.
 INTERPRETED = triton is not None and not isinstance(_nothing, triton.JITFunction)
+_IS_INTERPRETED = triton and tl.constexpr(INTERPRETED)  # as kernels may read it
+
+
+@jit
+def dot(left, right, acc):
+    """left @ right + acc on matrix units; in float32 exact products."""
+    if _IS_INTERPRETED:  # Triton 3.9's interpreter would multiply the bits of bfloat16 as integers
+        left, right = left.to(tl.float32), right.to(tl.float32)
+    return tl.dot(left, right, acc, input_precision="ieee")
 
 
 @torch.compiler.assume_constant_result
@@ -55,6 +64,14 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
     device = x.device.type
     is_on = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if is_on and x.dtype != torch.float64 else x.dtype
+
+
+def is_recorded() -> bool:
+    """Whether torch.export or the tracer, not the user, calls: what is recorded for other programs
+    must hold ordinary layers, none of ours. An export with strict=True is taken for torch.compile:
+    `torch.compiler.is_exporting` cannot tell them apart in every version."""
+    is_exported = torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+    return is_exported or torch.jit.is_tracing()
 
 
 # Launches. A launch costs the host 20 to 70 microseconds: what surrounds it should cost little.
@@ -105,7 +122,8 @@ def differentiable(forward: tuple[Callable, Callable], gradient: tuple[Callable,
     operator, function = forward
     operator.register_autograd(partial(backward, gradient[0]), setup_context=keep)
 
-    # Its inputs one by one, for autograd, and then as they were given.
+    # Autograd must see every tensor, so `values` are the inputs one by one, and in the end all of
+    # them as they were given.
     def forward_of_all(ctx, *values):
         output = function(*values[-1])
         keep(ctx, values[-1], output)

@@ -27,6 +27,7 @@ from models.fused import (
     cdiv,
     differentiable,
     has_kernels,
+    is_recorded,
     jit,
     multiprocessors,
     on_device_of,
@@ -285,6 +286,6 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
                          f"{tuple(x.shape)}, got {tuple(weight.shape)}.")
     dtype = autocast_dtype(x)
     if (HAS_TUPLES and size in SIZES and dtype in DTYPES and has_kernels(x.device)
-            and x.is_contiguous(memory_format=torch.channels_last)):
+            and not is_recorded() and x.is_contiguous(memory_format=torch.channels_last)):
         return _fused(x.to(dtype), weight, bias)
     return F.conv2d(x, weight, bias, padding=size // 2, groups=channels)

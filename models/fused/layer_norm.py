@@ -20,6 +20,7 @@ from models.fused import (
     cdiv,
     differentiable,
     has_kernels,
+    is_recorded,
     jit,
     multiprocessors,
     next_power_of_2,
@@ -190,7 +191,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float,
     if weight.shape != (width,) or bias.shape != (width,) or not 0 < width <= padded:
         raise ValueError(f"expected weight and bias of {width} values, at least 1 and at most the "
                          f"{padded} of a row, got {tuple(weight.shape)} and {tuple(bias.shape)}.")
-    if x.dtype in DTYPES and padded <= WIDEST and has_kernels(x.device):
+    if (x.dtype in DTYPES and padded <= WIDEST and has_kernels(x.device)
+            and not is_recorded()):
         return _fused(x, weight, bias, eps, autocast_dtype(x))
     true = x if width == padded else x[..., :width]
     if x.device.type == "cuda" and x.dtype != weight.dtype:  # PyTorch's kernel takes one dtype only

@@ -17,17 +17,17 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from models.fused import INTERPRETED as IS_INTERPRETED
 from models.fused import (
     autocast_dtype,
     cdiv,
+    dot,
     has_kernels,
+    is_recorded,
     jit,
     multiprocessors,
     next_power_of_2,
     on_device_of,
     tl,
-    triton,
 )
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -37,17 +37,9 @@ WIDEST = 256  # channels in memory: wider sums do not fit into registers
 # programs of 96 KiB and 128 threads, or one of 192 KiB and 256, with 255 registers in a thread.
 TILES = {128: (2, dict(BLOCK_P=128, BLOCK_H=64, num_warps=4, num_stages=2)),
          256: (1, dict(BLOCK_P=128, BLOCK_H=64, num_warps=8, num_stages=2))}
-INTERPRETED = triton and tl.constexpr(IS_INTERPRETED)
 
 
 # On the device
-
-
-@jit
-def _dot(left, right, acc):
-    if INTERPRETED:  # Triton 3.9's interpreter would multiply the bits of bfloat16 as integers
-        left, right = left.to(tl.float32), right.to(tl.float32)
-    return tl.dot(left, right, acc, input_precision="ieee")
 
 
 @jit
@@ -125,8 +117,8 @@ def forward_kernel(out, x, y, weight1, bias1, weight2, bias2, num_positions, eps
             first = _load(into + start * PADDED, inside[:, None] & within[None, :], WHOLE)
             shift = _load(bias1 + start + part, within, WHOLE).to(tl.float32)
             second = _load(back + start, within[:, None] & inside[None, :], WHOLE)
-            h = _dot(a, first, tl.zeros((BLOCK_P, BLOCK_H), tl.float32))
-            acc = _dot(_gelu(h + shift[None, :]).to(a.dtype), second, acc)
+            h = dot(a, first, tl.zeros((BLOCK_P, BLOCK_H), tl.float32))
+            acc = dot(_gelu(h + shift[None, :]).to(a.dtype), second, acc)
         tl.store(out + moved + place, acc.to(out.dtype.element_ty), mask=exists)
         a = _normalised(y, tile + tl.num_programs(0), num_positions, eps, PIXELS, Y_LAST, WIDTH,
                         PADDED, BLOCK_C, BLOCK_P)
@@ -177,11 +169,9 @@ def suits(device: torch.device) -> bool:
 
 def can_fuse(x: Tensor, weight: Tensor, parameters: Iterable[Tensor]) -> bool:
     """Whether `mlp` takes such a map (N, C, H, W) and such a first weight. Not where x or one of
-    the block's parameters wants a gradient, or what records ordinary layers (torch.export, the
-    tracer) calls."""
+    the block's parameters wants a gradient, or what records ordinary layers calls."""
     channels = x.shape[1]
-    is_exported = torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
-    if is_exported or torch.jit.is_tracing():
+    if is_recorded():
         return False
     if torch.is_grad_enabled() and any(value.requires_grad for value in (x, *parameters)):
         return False

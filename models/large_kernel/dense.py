@@ -30,7 +30,7 @@ def padded(number: int) -> int:
     return -(-number // 8) * 8
 
 
-@cache
+@cache  # for ever: a CUDA graph goes on reading the table
 def table_of(sizes: tuple[tuple[int, int], ...], height: int, width: int,
              device: torch.device) -> Table:
     """For matrices (kernel, out pixel, padded(HW)), zero in the padded columns."""

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from models.fused import autocast_dtype
+from models.fused import autocast_dtype, is_recorded
 from models.large_kernel import banded, conv, dense, triton
 from models.large_kernel.layout import to_channels_last
 from models.layers import pad_to
@@ -110,13 +110,6 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype,
     return backend
 
 
-def is_recorded() -> bool:
-    """Whether torch.export or the tracer, not the user, calls: what is recorded for other programs
-    must hold ordinary convolutions, none of ours. (torch.compile has both.)"""
-    is_exported = torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
-    return is_exported or torch.jit.is_tracing()
-
-
 def fastest(device: torch.device, dtype: torch.dtype, edge: int, is_small: bool) -> str:
     """On a CPU `conv`: PyTorch's forward pass and by far the fastest gradients
     (docs/performance.md). On a GPU matrix products, on small maps in half precision dense ones.
@@ -170,24 +163,20 @@ class Prepared:
     def clear(self) -> None:
         """To be called when the kernels changed."""
         self.kinds: dict[tuple, tuple[list[Tensor], list[Tensor]]] = {}
-        self.key: tuple = ()  # of the latest
-        self.kernels: list[Tensor] = []
-        self.tensors: list[Tensor] = []
 
     def __deepcopy__(self, memo: dict) -> "Prepared":
         return Prepared()
 
-    def update(self, name: str, x: Tensor, kernels: Sequence[Tensor]) -> None:
-        """Prepare for such a map unless that is done."""
+    def of(self, name: str, x: Tensor, kernels: Sequence[Tensor]
+           ) -> tuple[list[Tensor], list[Tensor]]:
+        """For such a map: the kernels, and what `total` takes beside them."""
         key = (name, x.device, x.dtype, *x.shape[1:])
-        if key == self.key:
-            return
         if key not in self.kinds:
             kernels = list(kernels)
             if not BACKENDS[name].takes_any_kernel:
                 kernels = [fitted(kernel, x).contiguous() for kernel in kernels]
             self.kinds[key] = kernels, BACKENDS[name].prepare(x, kernels)
-        self.key, (self.kernels, self.tensors) = key, self.kinds[key]
+        return self.kinds[key]
 
 
 def depthwise_sum(x: Tensor, kernels: Sequence[Tensor], bias: Tensor, prepared: Prepared,
@@ -202,9 +191,9 @@ def depthwise_sum(x: Tensor, kernels: Sequence[Tensor], bias: Tensor, prepared: 
     name = choose(backend, x.device, x.dtype, kernels, x.shape[2] * x.shape[3])
     if needs_gradient or name == "torch":
         return sum(depthwise(x, kernels, name)) + bias.view(-1, 1, 1)
-    prepared.update(name, x, kernels)
+    kernels, tensors = prepared.of(name, x, kernels)
     total = _total if torch.compiler.is_compiling() else _total_eagerly
-    return total(x, prepared.kernels, prepared.tensors, bias, name, any_layout)
+    return total(x, kernels, tensors, bias, name, any_layout)
 
 
 def cropped(kernel: Tensor, height: int, width: int) -> Tensor:

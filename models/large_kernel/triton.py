@@ -26,7 +26,17 @@ from functools import cache, reduce
 import torch
 from torch import Tensor
 
-from models.fused import cdiv, jit, next_power_of_2, on_device_of, three, tl, triton
+from models.fused import (
+    INTERPRETED,
+    cdiv,
+    dot,
+    jit,
+    next_power_of_2,
+    on_device_of,
+    three,
+    tl,
+    triton,
+)
 from models.large_kernel.backend import Backend
 from models.large_kernel.layout import to_channels_last, to_contiguous
 from models.large_kernel.tables import Table, gather, gather_gradient, make_table, tap_numbers
@@ -43,25 +53,8 @@ LAUNCH = dict(num_warps=4, num_stages=2)
 MIN_PROGRAMS = 1056  # 8 on each of 132 multiprocessors; below, product_kernel splits the images
 
 
-def jit_once_for(*names: str):
-    """`jit` without variants for values of these arguments that are 1 or that 16 divides."""
-    if triton is None:
-        return jit
-    return lambda function: triton.jit(function, do_not_specialize=names)
-
-
 # On the device. Tall and wide kernels differ only in TALL: which axis is the long one and which
 # stride goes with it.
-
-@jit
-def _dot(left, right, acc):
-    if INTERPRETED:  # Triton 3.9's interpreter would multiply the bits of bfloat16 as integers
-        left, right = left.to(tl.float32), right.to(tl.float32)
-    return tl.dot(left, right, acc, input_precision="ieee")
-
-
-INTERPRETED = triton and tl.constexpr(not isinstance(_dot, triton.JITFunction))
-
 
 @jit
 def _columns(x, image, short, channel, num_images, num_channels, H: tl.constexpr, W: tl.constexpr,
@@ -119,7 +112,7 @@ def _add_branch(acc, x, blocks, num_images, num_channels, H: tl.constexpr, W: tl
         else:
             toeplitz = tl.load(blocks + step * BLOCK * BLOCK
                                + along[:, None] * BLOCK + along[None, :])
-        acc = _dot(toeplitz, tile, acc)
+        acc = dot(toeplitz, tile, acc)
     return acc
 
 
@@ -150,7 +143,7 @@ def _end_branch(out, acc, num_images, num_channels, H: tl.constexpr, W: tl.const
     return acc
 
 
-@jit_once_for("num_images", "num_channels")
+@jit(do_not_specialize=["num_images", "num_channels"])  # compiled once for any batch
 def sum_kernel(out0, out1, out2, x0, x1, x2, blocks, bias, num_images, num_channels,
                H: tl.constexpr, W: tl.constexpr, SEPARATE: tl.constexpr, BIAS: tl.constexpr,
                FLIP: tl.constexpr, PLACES: tl.constexpr, START: tl.constexpr,
@@ -184,7 +177,7 @@ def sum_kernel(out0, out1, out2, x0, x1, x2, blocks, bias, num_images, num_chann
     _store(out, acc, num_images, num_channels, H, W, TALL2, BLOCK, GROUP)
 
 
-@jit_once_for("num_images", "num_channels", "images_per_program")
+@jit(do_not_specialize=["num_images", "num_channels", "images_per_program"])
 def product_kernel(out, x, gradient, num_images, num_channels, images_per_program,
                    H: tl.constexpr, W: tl.constexpr, TALL: tl.constexpr, SHIFTS: tl.constexpr,
                    OFFSETS: tl.constexpr, START: tl.constexpr, PLACES: tl.constexpr,
@@ -216,7 +209,7 @@ def product_kernel(out, x, gradient, num_images, num_channels, images_per_progra
                 + across % BLOCK)[None, :]
         right = tl.load(start + long * STRIDE, mask=exists & (long >= 0) & (long < LONG),
                         other=0.0)
-        acc = _dot(left, right, acc)
+        acc = dot(left, right, acc)
     out += (split.to(tl.int64) * num_channels + channel) * PLACES + START
     block = (offset * SHIFTS + shift) * BLOCK * BLOCK + across % BLOCK
     tl.store(out + block[None, :] + (along * BLOCK)[:, None], acc, mask=(shift < SHIFTS)[None, :])
@@ -255,7 +248,7 @@ def block_size(height: int, width: int, dtype: torch.dtype) -> int:
     return next(block for block in (16, 32, 64) if block >= min(max(height, width), largest))
 
 
-@cache
+@cache  # for ever: a CUDA graph goes on reading the table
 def plan_of(shape: torch.Size, dtype: torch.dtype, device: torch.device,
             kernels: tuple[torch.Size, ...]) -> Plan:
     """For maps of this shape (C, H, W) and kernels of these. Of each only what such a map reaches
