@@ -141,10 +141,10 @@ def copy_state(saved: Mapping[str, Tensor], module: nn.Module) -> None:
         value.copy_(saved[name])
 
 
-def build_state(distiller: nn.Module, optimizer: torch.optim.Optimizer, *, device: torch.device,
-                amp_dtype: torch.dtype | None, ema: ModelEma | None = None,
-                sparsity: Masks | None = None, wrapped: nn.Module | None = None,
-                captured: Captured | None = None, classes: Sequence[str] = ()) -> TrainState:
+def build_state(distiller: nn.Module, optimizer: torch.optim.Optimizer, options: "StepOptions", *,
+                ema: ModelEma | None = None, sparsity: Masks | None = None,
+                wrapped: nn.Module | None = None, captured: Captured | None = None,
+                classes: Sequence[str] = ()) -> TrainState:
     """The state of a run that begins. `wrapped`: the distiller in DDP; None: the distiller.
     `captured`: what calls forward and backward; None: directly."""
     best = {"best_acc1": -math.inf}
@@ -154,7 +154,8 @@ def build_state(distiller: nn.Module, optimizer: torch.optim.Optimizer, *, devic
         distiller=distiller, optimizer=optimizer, ema=ema, sparsity=sparsity,
         wrapped=distiller if wrapped is None else wrapped, best=best, classes=list(classes),
         captured=captured or Captured(),
-        scaler=torch.amp.GradScaler(device.type, enabled=amp_dtype is torch.float16))
+        scaler=torch.amp.GradScaler(options.device.type,
+                                    enabled=options.amp_dtype is torch.float16))
 
 
 class StepOptions(NamedTuple):

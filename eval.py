@@ -69,7 +69,7 @@ def build_parser() -> Parser:
 @program("eval.py", build_parser)
 def main(args: argparse.Namespace) -> int:
     device = distributed.setup(args.device)
-    faults.check_precision(args.amp, device)
+    args.amp = faults.resolve_precision(args.amp, device)
     check_flags(args)
 
     # The model: of a checkpoint, which knows its run, or by name.

@@ -24,7 +24,7 @@ import engine
 import losses
 import models
 from data.datasets import DATASETS
-from losses.base import LOSSES
+from losses.base import LOSSES, resolve_losses
 from models.base import MODELS, check_spec
 from models.distiller import Distiller, FrozenTeacher, describe_cost, describe_size, frozen_dtype
 from models.kept_logits import check_kept, resolve_kept
@@ -40,7 +40,6 @@ from utils.registry import UserError, parse_spec
 from utils.rng import fold_seed
 from utils.sinks import SINKS, check_sinks, open_sinks, sink_names
 
-COMPILE_FROM = 300  # updates of a run, from which on the teacher is compiled on a GPU
 switch = argparse.BooleanOptionalAction  # --flag and --no-flag
 
 
@@ -148,7 +147,7 @@ def add_running_flags(parser: Parser) -> None:
     flag("--amp", choices=["auto", *engine.AMP_DTYPES], default="auto", help="auto: bf16 on a GPU")
     flag("--channels-last", action=switch, default=True, help="memory layout of feature maps")
     flag("--compile", action=switch, help="torch.compile of student and teacher; default: of the "
-         "teacher alone on a GPU, in a run of 300 updates or more")
+         "teacher alone on a GPU, where it gains by it, in a run of 300 updates or more")
     flag("--cuda-graphs", action=switch, help="replay teacher and step; default: on a GPU")
     flag("--large-kernel", choices=ACCEPTED, default="auto", help="backend; docs/performance.md")
 
@@ -175,7 +174,7 @@ def main(args: argparse.Namespace) -> int:
     # 3. without either, --student-weights;
     # 4. without that, random weights.
     # --teacher-weights has no part in it.
-    folder, settings, amp_dtype = args.output_dir, plain(args), engine.AMP_DTYPES[args.amp]
+    folder, settings = args.output_dir, plain(args)
     lock = checkpoint.lock_folder(folder, args.dry_run or args.fill_cache)
     saved = None if args.fill_cache else checkpoint.find_saved(
         folder, args.resume, args.auto_resume, settings, args.defaults)
@@ -209,9 +208,8 @@ def main(args: argparse.Namespace) -> int:
     if sparsity is not None and saved is None:  # SNIP computes in float32, hence the limit
         sparsity.start(args.sparse_init, 1 - args.sparsity,
                        lambda: options.to_device(*train_loader.first_batch(most=64)))
-    state = engine.build_state(
-        distiller, optimizer, device=device, amp_dtype=amp_dtype, sparsity=sparsity,
-        classes=train_set.classes, **wrap(args, distiller, teacher, device))
+    state = engine.build_state(distiller, optimizer, options, sparsity=sparsity,
+                               classes=train_set.classes, **wrap(args, distiller, teacher, device))
     if saved is not None:
         checkpoint.restore(state, *saved, settings)
 
@@ -271,8 +269,8 @@ def main(args: argparse.Namespace) -> int:
     if state.epoch < args.epochs:
         print_once(f"stopped on request at update {state.step:,}; the same command continues it.")
         return 143
-    last, best = results[""].acc1, state.best["best_acc1"]
-    print_once(f"done: top-1 {last:.2f} %, best {best:.2f} %; everything is in {folder}")
+    print_once(f"done: top-1 {results[''].acc1:.2f} %, best {state.best['best_acc1']:.2f} %; "
+               f"everything is in {folder}")
     return 0
 
 
@@ -319,22 +317,16 @@ def resolve(args: argparse.Namespace, device: torch.device, *, train_size: int,
     args.num_classes, args.train_size = num_classes, train_size
     args.world_size = distributed.world_size()
     args.git = checkpoint.git_revision(Path(__file__).parent)
-    if args.bce and ["bce"] not in (args.loss or []):
-        args.loss = [*(args.loss or []), ["bce"]]
-    if args.loss is None:
-        args.loss = [["ce"]] if args.teacher[0] == "none" else [["nkd"]]
+    args.loss = resolve_losses(args.loss, adds_bce=args.bce, has_teacher=args.teacher[0] != "none")
     if args.output_dir is None:
         args.output_dir = Path("runs") / checkpoint.run_name(
             args.teacher, args.student, args.loss, args.epochs, args.seed, args.sparsity)
-    if args.amp == "auto":
-        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        args.amp = "bf16" if has_bf16 else "none"
+    args.amp = faults.resolve_precision(args.amp, device)
     vars(args).update(resolve_kept(vars(args), args.chosen))
     vars(args).update(optim.resolve_sizes(vars(args), args.given, args.chosen))
     args.compile, args.compile_teacher = faults.what_to_compile(
-        args.compile, device, args.epochs * args.steps_per_epoch >= COMPILE_FROM)
+        args.compile, device, args.epochs * args.steps_per_epoch)
     args.cuda_graphs = faults.has_cuda_graphs(args.cuda_graphs, device)
-    faults.check_precision(args.amp, device)
     return args
 
 
@@ -428,7 +420,7 @@ def wrap(args: argparse.Namespace, distiller: Distiller, teacher: FrozenTeacher 
         ema = optim.ModelEma(distiller.student, args.model_ema_decay, args.model_ema_warmup)
     if args.compile:
         distiller.compile()  # in place: names in the state dict stay as they are
-    if args.compile_teacher and teacher is not None:
+    if teacher is not None and (args.compile or args.compile_teacher and teacher.gains_by_compiler):
         teacher.compile()
     if args.cuda_graphs and teacher is not None:
         teacher.capture()
@@ -458,7 +450,7 @@ def print_run(args: argparse.Namespace, state: engine.TrainState, teacher: Froze
     print_once(f"loss: {losses.describe_losses(args.loss, state.distiller.weights)}")
     for sentence in optim.describe_schedule(vars(args), args.defaults, args.chosen):
         print_once(sentence)
-    what = "all" if args.compile else "teacher" if args.compile_teacher else "nothing"
+    what = "all" if args.compile else "teacher" if teacher and teacher.is_compiled else "nothing"
     graphs = [name for name, is_on in (("teacher", teacher and teacher.captured.is_on),
                                        ("step", state.captured.is_on)) if is_on]
     print_once(f"{num_val:,} validation images; {device}, precision {args.amp}, compiled: {what}, "

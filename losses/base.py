@@ -67,3 +67,11 @@ def check_positive(what: str, value: float) -> None:
 def check_not_negative(what: str, value: float) -> None:
     if not 0 <= value < torch.inf:
         raise UserError(f"{what} must not be negative or infinite, got {value}.")
+
+
+def resolve_losses(specs: list[list[str]] | None, *, adds_bce: bool, has_teacher: bool
+                   ) -> list[list[str]]:
+    """The losses of a run: where none is named, nkd with a teacher and ce without."""
+    if adds_bce and ["bce"] not in (specs or []):
+        specs = [*(specs or []), ["bce"]]
+    return specs or [["nkd" if has_teacher else "ce"]]

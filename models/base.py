@@ -48,6 +48,8 @@ class VisionModel(nn.Module):
     # Whether widths may be filled up in training to what matrix units take, where a network can:
     # it costs launches, which are dear to the host unless a CUDA graph or a compiler makes them.
     pads_widths: bool = False
+    # Whether a compiler makes it faster on a GPU. Not where its layers are kernels of their own.
+    gains_by_compiler: bool = True
     input_mean: tuple[float, float, float] = IMAGENET_MEAN  # what the weights expect
     input_std: tuple[float, float, float] = IMAGENET_STD
     input_size: int = 224  # side of the images that its weights were trained at, in pixels

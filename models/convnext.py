@@ -120,6 +120,7 @@ class ConvNeXtFrame(VisionModel):
     gradients have the plain widths.
     """
 
+    gains_by_compiler = False
     width_multiple: int | None = None
     pooled_dtype: torch.dtype | None = None  # of the pooled map; None: as the map
 

@@ -55,6 +55,7 @@ class FrozenTeacher(nn.Module):
         self.model.to(memory_format=torch.channels_last)
         self.feature_info, self.num_classes = model.feature_info, model.num_classes
         self.input_size, self.input_filter = model.input_size, model.input_filter
+        self.gains_by_compiler, self.is_compiled = model.gains_by_compiler, False
         # Whether it resizes all images to that.
         self.fixed_size = model.fixed_size or model.input_size != VisionModel.input_size
         # (p - m) / s from x = (p - dm) / ds is x * (ds / s) + (dm - m) / s.
@@ -95,6 +96,7 @@ class FrozenTeacher(nn.Module):
         """Compile `forward_with_features` after its next call, in which the network prepares what
         depends on the size of its maps: that is neither captured nor a reason to compile again.
         `forward` stays as it is, for the batches of an evaluation have other sizes."""
+        self.is_compiled = True
         self.forward_with_features = self._call_and_compile
 
     def capture(self) -> None:

@@ -75,8 +75,8 @@ def make_state(student: nn.Module, loss_specs: dict[str, dict], teacher: FrozenT
     distiller = Distiller(student, modules, dict.fromkeys(modules, 1.0))
     distiller.to(memory_format=torch.channels_last)
     optimizer = optim.build_optimizer("adamw", optim.parameter_groups(distiller, 0.05), lr=lr)
-    return engine.build_state(distiller, optimizer, device=torch.device("cpu"),
-                              amp_dtype=torch.float16 if fp16_scaler else None,
+    options = make_options(amp_dtype=torch.float16 if fp16_scaler else None)
+    return engine.build_state(distiller, optimizer, options,
                               ema=ModelEma(student, 0.9) if ema else None)
 
 

@@ -74,7 +74,8 @@ def run(is_captured: bool, device: str, *, accum_steps: int = 1, loss: dict | No
     student.downsample_layers.requires_grad_(not has_frozen)
     student.pads_widths = True  # as a captured step lets it
     state = make_state(student, loss or {"nkd": {}, "fd": {}}, teacher, ema=True)
-    state.distiller.to(device)
+    for network in (state.distiller, state.ema.model):
+        network.to(device)
     state.scaler = torch.amp.GradScaler(device, enabled=amp_dtype is torch.float16)
     if is_compiled:
         teacher.compile()

@@ -150,6 +150,8 @@ def test_a_loader_process_that_is_killed_is_a_sentence():
      "shared memory"),
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that "
                   "dataloader's workers are out of shared memory."), "--shm-size"),
+    (RuntimeError("out of resource: shared memory, Required: 131072, Hardware limit: 101376. "
+                  "Reducing block sizes or `num_stages` may help."), "--large-kernel torch"),
     (OSError(24, "Too many open files"), "ulimit -n"),
     (RuntimeError("received 0 items of ancdata"), "ulimit -n"),
     (BlockingIOError(11, "Resource temporarily unavailable"), "ulimit -u"),
@@ -191,13 +193,16 @@ def test_what_the_machine_lacks_is_told_before_the_run(monkeypatch, capsys):
 
     monkeypatch.setattr(torch, "compile", fail)
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert faults.what_to_compile(None, cpu, is_long=True) == (False, False)
+    assert faults.what_to_compile(None, cpu, 300) == (False, False)
     with pytest.raises(UserError, match=r"--compile needs a C\+\+ compiler,.* \(.*none found\)"):
-        faults.what_to_compile(True, cpu, is_long=False)
-    assert faults.what_to_compile(None, gpu, is_long=True) == (False, False)
+        faults.what_to_compile(True, cpu, 1)
+    assert faults.what_to_compile(None, gpu, 299) == (False, False)
+    assert not capsys.readouterr().out
+    assert faults.what_to_compile(None, gpu, 300) == (False, False)
     assert "compiled: nothing" in capsys.readouterr().out
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
-    faults.check_precision("fp16", gpu), faults.check_precision("bf16", cpu)
+    assert [faults.resolve_precision(amp, gpu) for amp in ("fp16", "auto")] == ["fp16", "none"]
+    assert [faults.resolve_precision(amp, cpu) for amp in ("bf16", "auto")] == ["bf16", "none"]
     with pytest.raises(UserError, match="Tesla T4 has no bfloat16. Use --amp fp16"):
-        faults.check_precision("bf16", gpu)
+        faults.resolve_precision("bf16", gpu)

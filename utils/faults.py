@@ -17,6 +17,8 @@ GIB = 2 ** 30
 # What PyTorch and the system say, as a regular expression, and what that means; the first that is
 # found counts. Errors of loader processes hold their whole traceback, hence long phrases.
 SENTENCES = (
+    (r"out of resource: .*Hardware limit: \d+",
+     "a kernel asks for more than this GPU has ({}). Use --large-kernel torch."),
     (r"shared memory|[Bb]us error|<?/torch_\d+_\d+.*(No space left|Cannot allocate)|shm_open",
      "the shared memory through which the loader processes hand over batches is full. Enlarge "
      "/dev/shm (docker run --shm-size=8g), or lower --num-workers or --batch-size."),
@@ -40,6 +42,7 @@ SENTENCES = (
      "code is generated on this machine, which lacks a compiler for it ({}). Install g++ (and "
      "Triton for a GPU), or use --no-compile and --large-kernel torch."),
 )
+COMPILE_FROM = 300  # updates of a run, from which on the teacher is compiled on a GPU
 GPU_IS_FULL = re.compile(r"(CUDA|HIP|MPS|XPU).*out of memory|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED")
 MEMORY_IS_FULL = re.compile(r"can't allocate memory|[Cc]annot allocate memory|not enough memory|"
                             r"bad_?[ ]?alloc")
@@ -97,12 +100,17 @@ def _batch_size(flags: Mapping[str, Any]) -> str:
     return f"; --batch-size is {flags['batch_size']}" if "batch_size" in flags else ""
 
 
-def check_precision(amp: str, device: torch.device) -> None:
-    """Raises UserError for a --amp that the device does not have."""
-    if (amp == "bf16" and device.type == "cuda"
-            and not torch.cuda.is_bf16_supported(including_emulation=False)):
+def resolve_precision(amp: str, device: torch.device) -> str:
+    """What --amp auto is: bf16 on a GPU that has it, else none. Raises UserError for bf16 on one
+    that has not."""
+    is_gpu = device.type == "cuda"
+    has_bf16 = is_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    if amp == "bf16" and is_gpu and not has_bf16:
         raise UserError(f"--amp bf16: {torch.cuda.get_device_name(device)} has no bfloat16. Use "
                         "--amp fp16 or none.")
+    if amp == "auto":
+        return "bf16" if has_bf16 else "none"
+    return amp
 
 
 def has_cuda_graphs(asked: bool | None, device: torch.device) -> bool:
@@ -115,13 +123,14 @@ def has_cuda_graphs(asked: bool | None, device: torch.device) -> bool:
     return has_any and asked is not False
 
 
-def what_to_compile(asked: bool | None, device: torch.device, is_long: bool) -> tuple[bool, bool]:
+def what_to_compile(asked: bool | None, device: torch.device, num_updates: int
+                    ) -> tuple[bool, bool]:
     """Whether to compile the student and the teacher. Where nobody said (`asked` is None) it is the
     teacher of a long run on a GPU alone: it takes a minute, which a frozen network soon pays back.
 
     Whether torch.compile can generate code for `device` is tried on one line. Where it was asked
     for and cannot, raises UserError; else that is said."""
-    is_default = asked is None and is_long and device.type == "cuda"
+    is_default = asked is None and num_updates >= COMPILE_FROM and device.type == "cuda"
     if not (asked or is_default):
         return False, False
     try:

@@ -116,10 +116,11 @@ def time_of(action: Callable[[], Any], times: int, device: torch.device) -> floa
     return (time.perf_counter() - start) / times
 
 
-def gpu_shares(action: Callable[[], Any], device: torch.device) -> dict[str, float | None]:
+def gpu_shares(action: Callable[[], Any], device: torch.device, *, is_recorded: bool = True
+               ) -> dict[str, float | None]:
     """Milliseconds of one call of what the host does to hand it over, "host_ms", and of what the
-    device does for it, replayed from a CUDA graph without the host, "graph_ms": None where it
-    cannot be captured. A call takes at least the longer of both. Nothing on a CPU."""
+    device does for it, replayed from a CUDA graph without the host, "graph_ms": None unless
+    `is_recorded`. A call takes at least the longer of both. Nothing on a CPU."""
     if device.type != "cuda":
         return {}
     seconds = []
@@ -129,13 +130,11 @@ def gpu_shares(action: Callable[[], Any], device: torch.device) -> dict[str, flo
         action()
         seconds.append(time.perf_counter() - start)
     shares = {"host_ms": 1000 * median(seconds), "graph_ms": None}
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            action()
-    except RuntimeError:  # it waits for the device, which a graph cannot hold
-        wait_for(device)
+    if not is_recorded:
         return shares
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        action()
     times = math.ceil(SHORTEST / time_of(graph.replay, 2, device))
     return {**shares, "graph_ms": 1000 * time_of(graph.replay, times, device)}
 
@@ -293,7 +292,6 @@ def random_state(student: models.VisionModel, teacher: nn.Module | None,
     distiller = Distiller(student, *create_losses(loss_specs, student.feature_info, teacher_info))
     distiller.to(options.device, memory_format=options.memory_format).train()
     optimizer = optim.build_optimizer("adamw", optim.parameter_groups(distiller, 0.05), lr=1e-4)
-    return engine.build_state(distiller, optimizer, device=options.device,
-                              amp_dtype=options.amp_dtype,
+    return engine.build_state(distiller, optimizer, options,
                               ema=optim.ModelEma(student) if keeps_average else None,
                               captured=distiller.capture() if cuda_graphs else None)

@@ -38,6 +38,7 @@ from utils.config import Parser, at_least, program
 from utils.registry import UserError
 
 PUBLISHED = "published"
+RECORDED = ("banded", "dense", "triton")  # as CUDA graphs; cuDNN refuses some
 PASSES = ("forward", "backward")  # with a gradient per branch, the latter holds a forward pass
 
 
@@ -165,7 +166,8 @@ def measure(shapes: Mapping[Shape, int], names: Sequence[str], *, batch_size: in
                 "backward_macs": (2 if only_sum else 3) * shape.macs(batch_size),
                 "bytes": 2 * batch_size * math.prod(shape[:3]) * dtype.itemsize,
                 **{f"{kind}_{key}": value for kind in PASSES
-                   for key, value in common.gpu_shares(work[kind], device).items()}})
+                   for key, value in common.gpu_shares(
+                       work[kind], device, is_recorded=name in RECORDED).items()}})
             actions |= {f"stage {stage}, {name}, {kind}": work[kind] for kind in PASSES}
     seconds = common.time_interleaved(actions, repeats, device, shortest=common.SHORTEST)
     for row in rows:
