@@ -34,8 +34,8 @@ COLUMNS = [
 
 @torch.no_grad()
 def randomize_statistics(model: nn.Module) -> nn.Module:
-    """Random layer scales and statistics of the size of trained ones; as they start, no block would
-    matter and folding would change nothing."""
+    """Random layer scales and statistics of the size of trained ones, and classifiers that are not
+    zero; as they start, no block would matter and folding would change nothing."""
     for name, tensor in model.state_dict().items():
         if name.endswith(".gamma"):
             tensor.uniform_(0.2, 0.4)
@@ -43,6 +43,8 @@ def randomize_statistics(model: nn.Module) -> nn.Module:
             tensor.normal_(std=0.1)
         elif name.endswith("running_var"):
             tensor.uniform_(0.5, 1.5)
+        elif name.endswith(".weight") and not tensor.any():
+            tensor.normal_(std=0.02)
     return model
 
 
