@@ -106,6 +106,12 @@ class ConvNeXtBlock(nn.Module):
             last.bias.copy_(last.bias.double() * self.gamma.double())
             self.gamma = None
         self.is_plain = isinstance(self.grn, nn.Identity)
+        self.register_load_state_dict_post_hook(_stop_being_plain)
+
+
+def _stop_being_plain(block: ConvNeXtBlock, _: Any) -> None:
+    """Weights that are loaded later may have a norm's weight and bias of their own."""
+    block.is_plain = False
 
 
 class ConvNeXtFrame(VisionModel):

@@ -182,6 +182,8 @@ def test_blocks_of_other_layers_stay_as_they_are(_fits, monkeypatch):
         with torch.no_grad():
             x = network.downsample_layers[0](images.bfloat16())
             assert (network.stages[0](x) == 7).all() == is_left
+            network.load_state_dict(network.state_dict())
+            assert (network.stages[0](x) != 7).any()
             network.train()
             assert (network.stages[0](x) != 7).any()
 

@@ -146,7 +146,11 @@ class Captured:
                 result = self._on_stream(call)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-        return result, any("synchronizing CUDA op" in str(one.message) for one in told)
+        waits = ["synchronizing CUDA op" in str(one.message) for one in told]
+        for one, is_of_ours in zip(told, waits):
+            if not is_of_ours:
+                warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+        return result, any(waits)
 
     def _capture(self, call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         """A graph's `replay`, and where it writes what the call gives. Computes nothing yet."""
