@@ -413,19 +413,20 @@ def build_masks(args: argparse.Namespace, student: models.VisionModel,
 
 def wrap(args: argparse.Namespace, distiller: Distiller, teacher: FrozenTeacher | None,
          device: torch.device) -> dict[str, Any]:
-    """Of the state: the distiller as the step calls it, what calls that, and the average of the
-    student. The latter two may be None."""
+    """Of the state: the distiller as the step calls it, what calls that, and the average."""
     ema = captured = None
     if args.model_ema:
         ema = optim.ModelEma(distiller.student, args.model_ema_decay, args.model_ema_warmup)
     if args.compile:
         distiller.compile()  # in place: names in the state dict stay as they are
-    if teacher is not None and (args.compile or args.compile_teacher and teacher.gains_by_compiler):
-        teacher.compile()
-    if args.cuda_graphs and teacher is not None:
-        teacher.capture()
+    if teacher is not None:
+        if args.compile or (args.compile_teacher and teacher.model.gains_by_compiler):
+            teacher.compile()
+        if args.cuda_graphs:
+            teacher.capture()
+    # No graph holds BatchNorms that wait for other processes.
     if args.cuda_graphs and not (distributed.world_size() > 1 and distiller.has_batch_norm):
-        captured = distiller.capture()  # but BatchNorms that wait for other processes cannot be
+        captured = distiller.capture()
     wrapped = distributed.parallelize(distiller, device, in_ddp=captured is None)
     return {"wrapped": wrapped, "captured": captured, "ema": ema}
 

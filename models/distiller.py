@@ -55,7 +55,7 @@ class FrozenTeacher(nn.Module):
         self.model.to(memory_format=torch.channels_last)
         self.feature_info, self.num_classes = model.feature_info, model.num_classes
         self.input_size, self.input_filter = model.input_size, model.input_filter
-        self.gains_by_compiler, self.is_compiled = model.gains_by_compiler, False
+        self.is_compiled = False
         # Whether it resizes all images to that.
         self.fixed_size = model.fixed_size or model.input_size != VisionModel.input_size
         # (p - m) / s from x = (p - dm) / ds is x * (ds / s) + (dm - m) / s.

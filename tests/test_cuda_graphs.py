@@ -1,5 +1,6 @@
 """A captured step is the direct one: on a GPU by CUDA graphs, on a CPU by a stand-in that replays
 as they do, into the tensors of the recording."""
+import argparse
 import copy
 import math
 import random
@@ -10,6 +11,10 @@ import torch
 from torch import nn
 
 import engine
+import train_kd
+from models import create_model
+from models.base import IMAGENET_MEAN, IMAGENET_STD
+from models.distiller import FrozenTeacher
 from tests.helpers import (
     make_batch,
     make_batches,
@@ -172,6 +177,16 @@ def test_a_copy_records_its_own():
     other = copy.deepcopy(captured)
     assert other.is_on and other.replay is None
     assert len(other.parameters) == 2 and other.parameters[0] is not captured.parameters[0]
+
+
+def test_by_default_only_teachers_that_gain_by_it_are_compiled():
+    args = argparse.Namespace(model_ema=False, compile=False, compile_teacher=True,
+                              cuda_graphs=False)
+    teachers = [FrozenTeacher(create_model(name), IMAGENET_MEAN, IMAGENET_STD)
+                for name in ("slak_nano", "vit_nano")]
+    for teacher in teachers:
+        train_kd.wrap(args, nn.Identity(), teacher, torch.device("cpu"))
+    assert [teacher.is_compiled for teacher in teachers] == [False, True]
 
 
 # On a GPU
