@@ -38,7 +38,7 @@ from utils.config import Parser, at_least, program
 from utils.registry import UserError
 
 PUBLISHED = "published"
-RECORDED = ("banded", "dense", "triton")  # as CUDA graphs; cuDNN refuses some
+RECORDED = ("dense", "triton")  # as CUDA graphs; cuDNN refuses some convolutions
 PASSES = ("forward", "backward")  # with a gradient per branch, the latter holds a forward pass
 
 
