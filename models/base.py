@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
+from models.layers import LaunchAware
 from utils.distributed import num_bytes
 from utils.registry import Registry, UserError, one_line, parse_spec, short
 
@@ -32,7 +33,7 @@ class ModelOutput(NamedTuple):
     features: list[Tensor]  # per stage, (N, C_i, H / stride_i, W / stride_i); the last is pooled
 
 
-class VisionModel(nn.Module):
+class VisionModel(LaunchAware):
     """A classifier that also returns its stage maps.
 
     A subclass sets `feature_info` and `num_classes` and implements `forward_with_features`. A
@@ -45,9 +46,6 @@ class VisionModel(nn.Module):
     # Modules, nn.Linear or 1x1 nn.Conv2d, that logits come from: of `weight` and `bias` a row is a
     # class. More than one where logits are a mean of several; () where there is none to be named.
     classifiers: tuple[str, ...] = ("head",)
-    # Whether widths may be filled up in training to what matrix units take, where a network can:
-    # it costs launches, which are dear to the host unless a CUDA graph or a compiler makes them.
-    pads_widths: bool = False
     # Whether a compiler makes it faster on a GPU. Not where its layers are kernels of their own.
     gains_by_compiler: bool = True
     input_mean: tuple[float, float, float] = IMAGENET_MEAN  # what the weights expect

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from models.base import FeatureInfo, ModelOutput, VisionModel, register_model
-from models.fused import mlp as fused
+from models.fused import block as fused_block
+from models.fused import mlp as fused_mlp
 from models.layers import (
     GELU,
     Conv2d,
@@ -18,7 +19,9 @@ from models.layers import (
     LayerNorm,
     LayerNorm2d,
     PointwiseLinear,
+    are_ordinary,
     check_stages,
+    down_sampled,
     drop_path_rates,
     pad_to,
     round_up,
@@ -55,7 +58,8 @@ class ConvNeXtBlock(nn.Module):
     Its `in_any_layout(x)` gives what it gives, channels-last or contiguous, whichever costs less.
     `grn` puts a response normalisation into the MLP, as ConvNeXt V2 does. x may carry channels of
     zeros behind the block's own; they stay zeros. Where one kernel computes a frozen block, its
-    layers are not called, nor are their hooks.
+    layers are not called, nor are their hooks. In training on a GPU what surrounds the products is
+    computed in one pass, unless a layer has hooks.
     """
 
     def __init__(self, dim: int, mixer_name: str, mixer: nn.Module, *, drop_path: float,
@@ -78,9 +82,16 @@ class ConvNeXtBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         mixer, first, last = getattr(self, self.mixer_name), self.pwconv1, self.pwconv2
         if (self.is_plain and not self.training
-                and fused.can_fuse(x, first.weight, self.parameters())):
-            return fused.mlp(x, mixer.in_any_layout(x), first.weight, first.bias, last.weight,
+                and fused_mlp.can_fuse(x, first.weight, self.parameters())):
+            return fused_mlp.mlp(x, mixer.in_any_layout(x), first.weight, first.bias, last.weight,
                              last.bias, self.norm.eps, self.norm.normalized_shape[0])
+        if fused_block.can_fuse(x) and are_ordinary(
+                (first, self.act, last, self.drop_path), (PointwiseLinear, GELU, DropPath)):
+            x, y = fused_block.fork(x)
+            y = first(self.norm(mixer(y).permute(0, 2, 3, 1)), with_bias=False)
+            y = last(self.grn(fused_block.bias_gelu(y, first.bias)), with_bias=False)
+            return fused_block.add_branch(x, y, last.bias, self.gamma, self.drop_path.draw(y),
+                                          self.drop_path.keep_prob)
         y = mixer(x)
         y = y.permute(0, 2, 3, 1)  # (N, C, H, W) -> (N, H, W, C)
         # The activation may overwrite what pwconv1 gave (models.layers.GELU).
@@ -122,8 +133,8 @@ class ConvNeXtFrame(VisionModel):
 
     Inside, maps have widths that are multiples of `width_multiple`, zeros behind their own
     channels. None: of 8 in half precision on a GPU, whose matrix units take rows of 16 bytes, where
-    it `pads_widths` or is compiled; else the widths as they are. Features, logits, parameters and
-    gradients have the plain widths.
+    its launches are free or it is compiled; else the widths as they are. Features, logits,
+    parameters and gradients have the plain widths.
     """
 
     gains_by_compiler = False
@@ -162,11 +173,8 @@ class ConvNeXtFrame(VisionModel):
         multiple = self._width_multiple(images)
         features = []
         x = images
-        for info, downsample, stage in zip(self.feature_info, self.downsample_layers, self.stages):
-            for layer in downsample:
-                is_conv = isinstance(layer, Conv2d)
-                x = layer(x, round_up(info.channels, multiple)) if is_conv else layer(x)
-            x = stage(x)
+        for info, layers, stage in zip(self.feature_info, self.downsample_layers, self.stages):
+            x = stage(down_sampled(layers, x, round_up(info.channels, multiple)))
             features.append(x if x.shape[1] == info.channels else x[:, :info.channels])
         pooled = x.mean((2, 3), dtype=self.pooled_dtype)[:, :info.channels]
         return ModelOutput(self.head(self.norm(pooled)), features)
@@ -175,7 +183,8 @@ class ConvNeXtFrame(VisionModel):
         if self.width_multiple is not None:
             return self.width_multiple
         is_half = images.dtype in (torch.bfloat16, torch.float16)
-        if ((self.pads_widths or torch.compiler.is_compiling()) and images.device.type == "cuda"
+        if ((self.launches_are_free or torch.compiler.is_compiling())
+                and images.device.type == "cuda"
                 and (is_half or torch.is_autocast_enabled("cuda"))):
             return 8
         return 1

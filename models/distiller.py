@@ -3,6 +3,7 @@ optimizer sees as one."""
 import copy
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from models.base import ModelOutput, VisionModel
+from models.layers import set_launches_free
 from utils.cuda_graphs import Captured
 from utils.registry import UserError, one_line
 from utils.rng import Position
@@ -218,9 +220,10 @@ class Distiller(nn.Module):
 
     def capture(self) -> Captured:
         """What replays forward and backward of a step from a CUDA graph. Launches then cost the
-        host nothing, so the student is told to fill up its widths."""
-        self.student.pads_widths = True
-        return Captured("the step", self.parameters(), is_on=True)
+        host nothing, and the student is told so."""
+        set_launches_free(self.student, True)
+        return Captured("the step", self.parameters(), is_on=True,
+                        when_given_up=partial(set_launches_free, self.student, False))
 
     def describe_frozen(self) -> str:
         trained = sum(parameter.numel() for parameter in self.student.parameters()

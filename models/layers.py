@@ -1,17 +1,20 @@
 """Building blocks that several networks share."""
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.fused import autocast_dtype, has_kernels, is_recorded, stem
 from models.fused import layer_norm as fused
 from models.fused.depthwise import depthwise_conv2d
+from models.fused.max_pool import max_pool2d
 from utils.registry import UserError
 
 # Maps may carry more channels than a layer has, zeros behind its own: matrix units want widths that
 # are multiples of 8. The layers below then pad their weights with zeros, so that zeros stay zeros.
 
+HALVES = (torch.bfloat16, torch.float16)
 MOST_BLOCKS = 1000  # of a stage
 
 
@@ -45,6 +48,20 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, width: int) 
     return y.to(x.dtype)
 
 
+class LaunchAware(nn.Module):
+    """A module that may choose, on a GPU, between arrangements of the same function by what their
+    launches cost: `launches_are_free` where a CUDA graph replays them and the host does not wait.
+    """
+
+    launches_are_free = False
+
+
+def set_launches_free(network: nn.Module, are_free: bool) -> None:
+    for module in network.modules():
+        if isinstance(module, LaunchAware):
+            module.launches_are_free = are_free
+
+
 class LayerNorm(nn.LayerNorm):
     """LayerNorm over the last dimension, of maps that may carry channels of zeros."""
 
@@ -69,6 +86,53 @@ class Conv2d(nn.Conv2d):
         weight, bias = pad_to(self.weight, width, x.shape[1]), pad_to(self.bias, width)
         return F.conv2d(x, weight, bias, self.stride, self.padding)
 
+    def is_product(self, x: Tensor) -> bool:
+        """Whether x is better taken as patches, by `of_patches` or a kernel: where kernel and
+        stride are the same and x is computed in half precision on a GPU. There PyTorch adds the
+        bias afterwards, in as much time again. What is compiled or recorded keeps its layers."""
+        size = self.kernel_size[0]
+        return (self.kernel_size == self.stride == (size, size) and self.padding == (0, 0)
+                and not torch.compiler.is_compiling() and not is_recorded()
+                and autocast_dtype(x) in HALVES and has_kernels(x.device)
+                and min(x.shape[2:]) >= size)
+
+    def of_patches(self, patches: Tensor, width: int) -> Tensor:
+        """(N, H, W, k * k * channels) -> (N, width, H, W), channels-last."""
+        channels = patches.shape[3] // (self.kernel_size[0] * self.kernel_size[1])
+        weight, bias = pad_to(self.weight, width, channels), pad_to(self.bias, width)
+        # A view of weights in channels-last memory.
+        rows = F.linear(patches.flatten(0, 2), weight.permute(0, 2, 3, 1).flatten(1), bias)
+        return rows.view(*patches.shape[:3], width).permute(0, 3, 1, 2)
+
+
+def are_ordinary(layers: Iterable[nn.Module], kinds: Sequence[type]) -> bool:
+    """Whether each is of one of these classes itself, and nobody watches it by hooks: what a kernel
+    computes for them is then all that they do."""
+    return all(type(layer) in kinds
+               and not (layer._forward_hooks or layer._forward_pre_hooks
+                        or layer._backward_hooks or layer._backward_pre_hooks)
+               for layer in layers)
+
+
+def down_sampled(layers: nn.Sequential, x: Tensor, width: int) -> Tensor:
+    """x through a stem (Conv2d, LayerNorm2d) or a down-sampling (LayerNorm2d, Conv2d), into `width`
+    channels. Where the convolution is a product of patches, the stem is one kernel, and the norm
+    before a convolution writes its rows as patches, unless a layer has hooks."""
+    first, second = layers
+    is_stem, is_ordinary = isinstance(first, Conv2d), are_ordinary(layers, (Conv2d, LayerNorm2d))
+    if (is_stem and is_ordinary and first.is_product(x)
+            and stem.can_fuse(x, first.weight, second.weight, width)):
+        return stem.stem(x, first.weight, first.bias, second.weight, second.bias, second.eps, width)
+    # In rows of 16 bytes; other widths are filled up better by the library.
+    if (not is_stem and is_ordinary and second.is_product(x)
+            and x.shape[1] % 8 == width % 8 == 0):
+        patches = fused.layer_norm(x.permute(0, 2, 3, 1), first.weight, first.bias, first.eps,
+                                   first.normalized_shape[0], second.kernel_size[0])
+        return second.of_patches(patches, width)
+    for layer in layers:
+        x = layer(x, width) if isinstance(layer, Conv2d) else layer(x)
+    return x
+
 
 class DepthwiseConv2d(nn.Conv2d):
     """A depthwise convolution, with an odd square kernel and zeros around the map to keep its size,
@@ -87,9 +151,9 @@ class DepthwiseConv2d(nn.Conv2d):
 
 def batch_norm(norm: nn.Module, x: Tensor) -> Tensor:
     """`norm`, an nn.BatchNorm2d, nn.SyncBatchNorm or nn.Identity, of a map that may carry channels
-    of zeros."""
+    of zeros; or another norm of one that does not."""
     channels = x.shape[1]
-    if isinstance(norm, nn.Identity) or channels == norm.num_features:
+    if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or channels == norm.num_features:
         return norm(x)
     mean, var = pad_to(norm.running_mean, channels), pad_to(norm.running_var, channels)
     padded = {"weight": pad_to(norm.weight, channels), "bias": pad_to(norm.bias, channels),
@@ -109,10 +173,10 @@ class PointwiseLinear(nn.Linear):
     the time of the matrix library's product on such shapes.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, with_bias: bool = True) -> Tensor:
         width = self.out_features * x.shape[-1] // self.in_features
         weight = pad_to(self.weight, width, x.shape[-1])
-        bias = None if self.bias is None else pad_to(self.bias, width)
+        bias = pad_to(self.bias, width) if with_bias and self.bias is not None else None
         in_half = x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
         if x.device.type != "cpu" or x.dtype != torch.float32 or x.dim() != 4 or in_half:
             return F.linear(x, weight, bias)
@@ -130,6 +194,13 @@ class GELU(nn.GELU):
         return torch.ops.aten.gelu_(x, approximate=self.approximate)
 
 
+class MaxPool2d(nn.MaxPool2d):
+    """Max pooling without dilation or ceiling."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return max_pool2d(x, self.kernel_size, self.stride, self.padding)
+
+
 class DropPath(nn.Module):
     """Drop the whole residual branch of a sample with probability `drop_prob` while training, and
     scale the kept ones by 1 / (1 - drop_prob) (stochastic depth, arXiv 1603.09382)."""
@@ -138,12 +209,20 @@ class DropPath(nn.Module):
         super().__init__()
         self.drop_prob = drop_prob
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def keep_prob(self) -> float:
+        return 1 - self.drop_prob
+
+    def draw(self, x: Tensor) -> Tensor | None:
+        """Which samples of x keep their branch this time, bool (N, 1, ...); None: all."""
         if not self.training or self.drop_prob == 0:
-            return x
-        keep_prob = 1 - self.drop_prob
+            return None
         shape = (len(x),) + (1,) * (x.dim() - 1)
-        return x * torch.rand(shape, device=x.device).lt(keep_prob).to(x.dtype) / keep_prob
+        return torch.rand(shape, device=x.device).lt(self.keep_prob)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = self.draw(x)
+        return x if kept is None else x * kept.to(x.dtype) / self.keep_prob
 
     def extra_repr(self) -> str:
         return f"{self.drop_prob:.3f}"

@@ -4,14 +4,53 @@ arXiv 1812.01187, figure 2) is its options `deep_stem` and `avg_down`, under tim
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from models.base import FeatureInfo, ModelOutput, VisionModel, register_model
-from models.layers import DropPath, check_stages, drop_path_rates
+from models.fused.batch_norm import plain_sum, sum_of_batch_norms
+from models.layers import (
+    DropPath,
+    LaunchAware,
+    MaxPool2d,
+    are_ordinary,
+    check_stages,
+    drop_path_rates,
+)
 from utils.registry import UserError
 
 
-class BasicBlock(nn.Module):
+class Normalizing(LaunchAware):
+    def normalized(self, maps: Sequence[Tensor], norms: Sequence[nn.Module],
+                   shortcut: Tensor | None = None, relu: nn.Module | None = None) -> Tensor:
+        """relu(sum of the normalized maps + shortcut). Where launches are free, in few passes of
+        memory: their kernels need twice the host's time. torch.compile joins the plain layers
+        itself, and the kernels would change the layout of contiguous maps."""
+        if (self.launches_are_free and not torch.compiler.is_compiling()
+                and maps[0].is_contiguous(memory_format=torch.channels_last)
+                and (relu is None or are_ordinary([relu], [nn.ReLU]))):
+            return sum_of_batch_norms(maps, norms, shortcut=shortcut, relu=relu is not None)
+        out = plain_sum(maps, norms, shortcut=shortcut)
+        return out if relu is None else relu(out)
+
+
+class Block(Normalizing):
+    def end(self, norm: nn.Module, y: Tensor, x: Tensor) -> Tensor:
+        """relu(norm(y) + the shortcut of the block's input x); drop path may drop norm(y)."""
+        shortcut = self.downsample
+        if self.training and self.drop_path.drop_prob > 0:
+            y = self.drop_path(self.normalized([y], [norm]))
+            return self.relu(y + (x if shortcut is None else shortcut(x)))
+        if shortcut is None or not are_ordinary([shortcut], [nn.Sequential]):
+            x = x if shortcut is None else shortcut(x)
+            return self.normalized([y], [norm], x, self.relu)
+        *layers, norm_of_shortcut = shortcut
+        for layer in layers:
+            x = layer(x)
+        return self.normalized([y, x], [norm, norm_of_shortcut], relu=self.relu)
+
+
+class BasicBlock(Block):
     expansion = 1
 
     def __init__(self, in_dim: int, dim: int, stride: int, drop_path: float, *,
@@ -27,12 +66,11 @@ class BasicBlock(nn.Module):
         self.last_bn = "bn2"
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.relu(self.bn1(self.conv1(x)))
-        y = self.drop_path(self.bn2(self.conv2(y)))
-        return self.relu(y + (x if self.downsample is None else self.downsample(x)))
+        y = self.normalized([self.conv1(x)], [self.bn1], relu=self.relu)
+        return self.end(self.bn2, self.conv2(y), x)
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(Block):
     expansion = 4
 
     def __init__(self, in_dim: int, dim: int, stride: int, drop_path: float, *,
@@ -50,10 +88,9 @@ class Bottleneck(nn.Module):
         self.last_bn = "bn3"
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.relu(self.bn1(self.conv1(x)))
-        y = self.relu(self.bn2(self.conv2(y)))
-        y = self.drop_path(self.bn3(self.conv3(y)))
-        return self.relu(y + (x if self.downsample is None else self.downsample(x)))
+        y = self.normalized([self.conv1(x)], [self.bn1], relu=self.relu)
+        y = self.normalized([self.conv2(y)], [self.bn2], relu=self.relu)
+        return self.end(self.bn3, self.conv3(y), x)
 
 
 def _shortcut(in_dim: int, out_dim: int, stride: int, avg_down: bool) -> nn.Module | None:
@@ -98,7 +135,7 @@ BLOCKS = {"basic": BasicBlock, "bottleneck": Bottleneck}
 @register_model("resnet50", block="bottleneck", depths=(3, 4, 6, 3))
 @register_model("resnet50d", block="bottleneck", depths=(3, 4, 6, 3), deep_stem=True, avg_down=True)
 @register_model("resnet101", block="bottleneck", depths=(3, 4, 23, 3))
-class ResNet(VisionModel):
+class ResNet(Normalizing, VisionModel):
     """`zero_init_residual` starts the last BatchNorm weight of every block at 0, as the timm
     ResNets behind the published runs did; torchvision's default is off. ResNet-D has both others:
     `deep_stem`, three 3x3 convolutions for the 7x7 one, and `avg_down`, an average before the
@@ -123,7 +160,7 @@ class ResNet(VisionModel):
         is_small = stem == "small"
         self.conv1 = _stem(dims[0], deep_stem, is_small)
         self.bn1 = nn.BatchNorm2d(dims[0])
-        self.maxpool = nn.Identity() if is_small else nn.MaxPool2d(3, stride=2, padding=1)
+        self.maxpool = nn.Identity() if is_small else MaxPool2d(3, stride=2, padding=1)
         rates = iter(drop_path_rates(drop_path, sum(depths)))
         in_dim = dims[0]
         for i, (depth, dim) in enumerate(zip(depths, dims)):
@@ -148,7 +185,7 @@ class ResNet(VisionModel):
                 nn.init.zeros_(getattr(module, module.last_bn).weight)
 
     def forward_with_features(self, images: Tensor) -> ModelOutput:
-        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        x = self.maxpool(self.normalized([self.conv1(images)], [self.bn1], relu=self.relu))
         features = []
         for name in self.stage_names:
             x = getattr(self, name)(x)

@@ -19,13 +19,12 @@ from models.base import register_model
 from models.convnext import SMALL, TINY, ConvNeXtBlock, ConvNeXtFrame
 from models.fused.batch_norm import sum_of_batch_norms
 from models.large_kernel.operator import LargeKernelModule, Prepared, depthwise, depthwise_sum
-from models.layers import batch_norm
+from models.layers import LaunchAware, batch_norm
 from utils.registry import UserError
 
 LARGE_KERNELS = (51, 49, 47, 13, 5)
 CONVNEXT_KERNELS = (7, 7, 7, 7, 100)
-# Pixels of a map from which on its BatchNorms in one pass take less time than one after the other:
-# 3.8 times less at 56 x 56, but 1.4 to 4 times more at 14 x 14 and 7 x 7 (one H100).
+# Pixels of a map from which on its BatchNorms in one pass gain more than their launches cost.
 FUSED_FROM = 400
 
 
@@ -51,7 +50,7 @@ class ConvBranch(nn.Module):
         return kernel * scale.view(-1, 1, 1, 1), bias
 
 
-class LargeKernel(LargeKernelModule):
+class LargeKernel(LaunchAware, LargeKernelModule):
     """Sum of parallel depthwise branches: LoRA1 (k x N) and LoRA2 (N x k) if `decomposed`, else
     lkb_origin (k x k); and small_conv (N x N) where N < k."""
 
@@ -69,7 +68,7 @@ class LargeKernel(LargeKernelModule):
     def forward(self, x: Tensor) -> Tensor:
         maps = depthwise(x, self.kernels(), self.backend)
         norms = [branch.bn for branch in self.children()]
-        if x.shape[2] * x.shape[3] >= FUSED_FROM:
+        if self.launches_are_free or x.shape[2] * x.shape[3] >= FUSED_FROM:
             return sum_of_batch_norms(maps, norms)
         return sum(batch_norm(norm, y) for norm, y in zip(norms, maps))
 

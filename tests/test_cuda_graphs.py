@@ -15,6 +15,7 @@ import train_kd
 from models import create_model
 from models.base import IMAGENET_MEAN, IMAGENET_STD
 from models.distiller import FrozenTeacher
+from models.layers import set_launches_free
 from tests.helpers import (
     make_batch,
     make_batches,
@@ -77,7 +78,7 @@ def run(is_captured: bool, device: str, *, accum_steps: int = 1, loss: dict | No
     teacher = make_teacher().to(device)
     student = micro_convnext_bn(drop_path=drop_path)
     student.downsample_layers.requires_grad_(not has_frozen)
-    student.pads_widths = True  # as a captured step lets it
+    set_launches_free(student, True)  # as for a captured step
     state = make_state(student, loss or {"nkd": {}, "fd": {}}, teacher, ema=True)
     for network in (state.distiller, state.ema.model):
         network.to(device)

@@ -1,4 +1,5 @@
-"""models/fused/batch_norm.py against nn.BatchNorm2d and its gradients in float64.
+"""models/fused/batch_norm.py against nn.BatchNorm2d and its gradients in float64, also as ResNets
+call it.
 
 Triton's interpreter must be chosen before Triton is imported, so the comparisons run in a process
 of their own: this file, as a script.
@@ -7,31 +8,48 @@ import copy
 import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from models import resnet
 from models.fused import batch_norm
 from models.fused.batch_norm import can_fuse, sum_of_batch_norms
-from tests.kernels import SUCCESS, needs_triton, run_script, tell
+from models.layers import set_launches_free
+from models.resnet import ResNet
+from tests.kernels import ON_GPU, SUCCESS, needs_gpu, needs_triton, run_script, tell
 
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # of the maximum
 FIRST, LAST = torch.contiguous_format, torch.channels_last
-# maps, shape, their layout, that of the gradient
+# maps, shape, their layout, that of the gradient, whether there is a shortcut and a ReLU
 CASES = [
-    (3, (2, 5, 28, 20), FIRST, LAST),  # several chunks of several tiles
-    (3, (5, 70, 7, 7), FIRST, LAST),  # more channels than a tile
-    (2, (5, 6, 14, 13), LAST, LAST),
-    (3, (3, 9, 5, 1), LAST, FIRST),
-    (1, (3, 2, 28, 28), FIRST, FIRST),
-    (2, (2, 4, 1, 1), FIRST, LAST),
+    (3, (2, 5, 28, 20), FIRST, LAST, False, False),  # several programs of several tiles
+    (3, (5, 6, 14, 13), LAST, LAST, False, False),
+    (3, (3, 9, 5, 1), LAST, FIRST, False, False),
+    (1, (3, 2, 28, 28), FIRST, FIRST, False, True),
+    (2, (2, 4, 1, 1), FIRST, LAST, False, False),
+    (1, (5, 72, 9, 7), LAST, LAST, False, True),
+    (1, (5, 6, 14, 13), LAST, LAST, True, True),
+    (2, (4, 16, 14, 9), LAST, LAST, False, True),
+    (1, (4, 70, 9, 5), LAST, LAST, True, True),
+    (2, (3, 9, 5, 3), LAST, FIRST, True, True),
+    (1, (3, 4, 6, 5), LAST, LAST, True, False),
+    (3, (2, 70, 5, 5), FIRST, LAST, False, False),  # more channels than a tile
 ]
+ON_A_GPU = [(1, (32, 64, 56, 57), LAST, LAST, False, True),
+            (1, (40, 512, 14, 14), LAST, LAST, True, True),
+            (2, (40, 200, 15, 14), LAST, LAST, False, True),
+            (3, (40, 504, 14, 14), LAST, LAST, False, False)]
 
 
-def plain(maps, norms):
-    return sum(norm(x) for x, norm in zip(maps, norms))
+def plain(maps, norms, *, shortcut=None, relu=False):
+    out = sum(norm(x) for x, norm in zip(maps, norms))
+    out = out if shortcut is None else out + shortcut
+    return out.relu() if relu else out
 
 
 def make_norms(number: int, channels: int) -> list[nn.Module]:
@@ -48,12 +66,15 @@ def make_maps(number: int, shape: tuple[int, ...], layout: torch.memory_format =
             for i in range(number)]
 
 
-def results(call, maps, norms, gradient) -> dict[str, torch.Tensor]:
+def results(call, maps, norms, gradient, shortcut=None, relu=False) -> dict[str, torch.Tensor]:
     """The sum, all gradients and all running statistics after one step of copies."""
     maps, norms = [x.detach().clone().requires_grad_() for x in maps], copy.deepcopy(norms)
-    out = call(maps, norms)
+    shortcut = None if shortcut is None else shortcut.detach().clone().requires_grad_()
+    out = call(maps, norms, shortcut=shortcut, relu=relu)
     out.backward(gradient)
     found = {"sum": out.detach()}
+    if shortcut is not None:
+        found["gradient of shortcut"] = shortcut.grad
     for i, (x, norm) in enumerate(zip(maps, norms)):
         found |= {f"{name} {i}": value for name, value in norm.state_dict().items()}
         found |= {f"gradient of {name} {i}": value.grad for name, value in norm.named_parameters()}
@@ -71,14 +92,20 @@ def differences(found, expected, tolerance: float) -> list[str]:
     return wrong
 
 
-def compare(case, dtype: torch.dtype, mean: float = 1.0) -> list[str]:
-    number, shape, layout, gradient_layout = case
-    maps, norms = make_maps(number, shape, layout, dtype, mean), make_norms(number, shape[1])
-    gradient = torch.randn(shape).to(dtype).contiguous(memory_format=gradient_layout)
-    assert can_fuse(maps, norms)
-    expected = results(plain, [x.double() for x in maps], [n.double() for n in
-                                                           copy.deepcopy(norms)], gradient.double())
-    found = results(sum_of_batch_norms, maps, norms, gradient)
+def in_double(maps, norms, gradient, shortcut=None, relu=False) -> dict[str, torch.Tensor]:
+    return results(plain, [x.double() for x in maps], [n.double() for n in copy.deepcopy(norms)],
+                   gradient.double(), None if shortcut is None else shortcut.double(), relu)
+
+
+def compare(case, dtype: torch.dtype, mean: float = 1.0, device: str = "cpu") -> list[str]:
+    number, shape, layout, gradient_layout, has_shortcut, relu = case
+    maps = [x.to(device) for x in make_maps(number, shape, layout, dtype, mean)]
+    norms = [norm.to(device) for norm in make_norms(number, shape[1])]
+    gradient = torch.randn(shape).to(dtype).contiguous(memory_format=gradient_layout).to(device)
+    shortcut = torch.randn(shape).to(device, dtype) if has_shortcut else None
+    assert can_fuse(maps, norms, shortcut)
+    expected = in_double(maps, norms, gradient, shortcut, relu)
+    found = results(sum_of_batch_norms, maps, norms, gradient, shortcut, relu)
     wrong = differences(found, expected, TOLERANCES[dtype])
     if found["sum"].dtype != dtype or not found["sum"].is_contiguous(memory_format=LAST):
         wrong.append(f"a sum in {found['sum'].dtype} with strides {found['sum'].stride()}")
@@ -89,29 +116,82 @@ def compare(case, dtype: torch.dtype, mean: float = 1.0) -> list[str]:
 
 def compiled_failures() -> list[str]:
     """One graph, the running statistics in it, and maps of two layouts."""
-    maps, norms = make_maps(2, (2, 3, 5, 4)), make_norms(2, 3)
-    maps[1] = maps[1].contiguous(memory_format=LAST)
-    gradient = torch.randn(2, 3, 5, 4)
-    step = torch.compile(sum_of_batch_norms, fullgraph=True, backend="aot_eager")
-    expected = results(plain, [x.double() for x in maps],
-                       [norm.double() for norm in copy.deepcopy(norms)], gradient.double())
-    return differences(results(step, maps, norms, gradient), expected, 1e-5)
+    wrong = []
+    for number, has_shortcut, relu in ((2, False, False), (1, False, True), (1, True, True)):
+        maps, norms = make_maps(number, (2, 3, 5, 4)), make_norms(number, 3)
+        maps[-1] = maps[-1].contiguous(memory_format=LAST)
+        shortcut = torch.randn(2, 3, 5, 4) if has_shortcut else None
+        gradient = torch.randn(2, 3, 5, 4)
+        step = torch.compile(sum_of_batch_norms, fullgraph=True, backend="aot_eager")
+        wrong += differences(results(step, maps, norms, gradient, shortcut, relu),
+                             in_double(maps, norms, gradient, shortcut, relu), 1e-5)
+    return wrong
 
 
 def padded_failures() -> list[str]:
     """Channels of zeros behind those that have weights: zeros come out and go back."""
-    norms = make_norms(2, 5)
-    maps = [x.index_fill(1, torch.arange(5, 8), 0) for x in make_maps(2, (3, 8, 5, 4))]
-    gradient = torch.randn(3, 8, 5, 4)
-    expected = results(plain, [x[:, :5].double() for x in maps],
-                       [norm.double() for norm in copy.deepcopy(norms)], gradient[:, :5].double())
-    found = results(sum_of_batch_norms, maps, norms, gradient)
     wrong = []
-    for name in ("sum", "gradient of map 0", "gradient of map 1"):
-        if found[name][:, 5:].any():
-            wrong.append(f"{name}: not zero behind its channels")
-        found[name] = found[name][:, :5]
-    return wrong + differences(found, expected, 1e-5)
+    for number, has_shortcut, relu in ((2, False, False), (1, False, True), (1, True, True)):
+        norms, behind = make_norms(number, 5), torch.arange(5, 8)
+        maps = [x.index_fill(1, behind, 0) for x in make_maps(number, (3, 8, 5, 4), LAST)]
+        shortcut = torch.randn(3, 8, 5, 4).index_fill(1, behind, 0) if has_shortcut else None
+        gradient = torch.randn(3, 8, 5, 4)
+        expected = in_double([x[:, :5] for x in maps], norms, gradient[:, :5],
+                             shortcut[:, :5] if has_shortcut else None, relu)
+        found = results(sum_of_batch_norms, maps, norms, gradient, shortcut, relu)
+        for name in found:
+            if name == "sum" or name.startswith(("gradient of map", "gradient of shortcut")):
+                if found[name][:, 5:].any():
+                    wrong.append(f"{name}: not zero behind its channels")
+                found[name] = found[name][:, :5]
+        wrong += differences(found, expected, 1e-5)
+    return wrong
+
+
+def hidden_nan_failures() -> list[str]:
+    """A ReLU lets NaN pass: what diverges is to be noticed."""
+    maps, norms = make_maps(1, (2, 3, 4, 4), LAST), make_norms(1, 3)
+    maps[0][0, 1, 2, 3] = torch.nan
+    out = sum_of_batch_norms(maps, norms, relu=True)
+    return [] if out[:, 1].isnan().all() and not out[:, 2].isnan().any() else ["NaN is cut off"]
+
+
+def network_failures(device: str) -> list[str]:
+    """All that ResNets call, and nothing of it by plain layers, against their own in float64."""
+    wrong = []
+    for options in (dict(block="basic", drop_path=0.5),
+                    dict(block="bottleneck", deep_stem=True, avg_down=True)):
+        network = ResNet(7, depths=(2, 1), dims=(8, 12), zero_init_residual=False, **options)
+        network, images = network.to(device, memory_format=LAST), torch.randn(3, 3, 32, 32)
+        set_launches_free(network, True)
+        images, gradients = images.to(device, memory_format=LAST), []
+        for model in (copy.deepcopy(network).double(), network):
+            torch.manual_seed(0)  # what drop path drops
+            with ExitStack() as stack:
+                for module in (batch_norm, resnet) if model is network else ():
+                    stack.enter_context(mock.patch.object(module, "plain_sum", None))
+                model(images.to(model.fc.weight.dtype)).square().sum().backward()
+            gradients.append({name: value.grad for name, value in model.named_parameters()}
+                             | {name: value.double() for name, value in model.named_buffers()})
+        wrong += differences(gradients[1], gradients[0], 1e-4)
+    return wrong
+
+
+def captured_failures() -> list[str]:
+    """A CUDA graph goes on with the running statistics."""
+    maps, norms = [x.cuda() for x in make_maps(1, (4, 64, 9, 9), LAST)], make_norms(1, 64)
+    norms = [norm.cuda() for norm in norms]
+    expected = copy.deepcopy(norms)
+    maps[0].requires_grad_()
+    sum_of_batch_norms(maps, norms, relu=True).sum().backward()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        sum_of_batch_norms(maps, norms, relu=True)
+    for _ in range(3):
+        graph.replay()
+    for _ in range(4):
+        expected[0](maps[0])
+    return differences(norms[0].state_dict(), expected[0].double().state_dict(), 1e-5)
 
 
 def separate_biases_failures() -> list[str]:
@@ -122,17 +202,28 @@ def separate_biases_failures() -> list[str]:
     return [] if len(places) == 3 else ["gradients of biases share memory"]
 
 
-def failures() -> list[str]:
+def failures(device: str) -> list[str]:
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills what empty returns with NaN
-    batch_norm.PROGRAMS = 4
+    if device == "cpu":  # small tiles, so that few positions make several
+        batch_norm.CONTIGUOUS = (128, 1, 1, 4, 12)
+        batch_norm.TILES = {key: (16 if fold == 1 else 32, 64, fold, 4, 4)
+                            for key, (_, _, fold, _, _) in batch_norm.TILES.items()}
     found = [line for i, case in enumerate(CASES)
-             for line in compare(case, list(TOLERANCES)[i % 3])]
-    for case in CASES[:3]:
-        found += compare(case, torch.float32)
+             for line in compare(case, list(TOLERANCES)[i % 3], device=device)]
+    if device == "cuda":
+        torch.backends.cudnn.allow_tf32 = False
+        for case in ON_A_GPU:
+            found += compare(case, torch.bfloat16, device=device)
+        found += captured_failures()
+    else:
+        for case in CASES[:2] + CASES[5:8]:
+            found += compare(case, torch.float32)
+        found += compiled_failures() + padded_failures() + separate_biases_failures()
+        found += hidden_nan_failures()
+    found += network_failures(device)
     TOLERANCES[torch.float32] = 1e-3  # of what 24 bits leave of a mean 1000 times the deviation
-    found += compare(CASES[0], torch.float32, mean=1000.0)
-    return found + compiled_failures() + padded_failures() + separate_biases_failures()
+    return found + compare(CASES[0], torch.float32, 1000.0, device)
 
 
 # Two processes
@@ -144,23 +235,31 @@ def process_failures(rank: int, port: str) -> list[str]:
     torch.manual_seed(0)
     maps, norms = make_maps(2, (5, 3, 4, 3)), make_norms(2, 3)
     gradient = torch.randn(5, 3, 4, 3)
-    expected = results(plain, [x.double() for x in maps],
-                       [norm.double() for norm in copy.deepcopy(norms)], gradient.double())
+    shortcut = torch.randn(5, 3, 4, 3)
+    expected = in_double(maps, norms, gradient, shortcut, True)
     synced = [nn.SyncBatchNorm.convert_sync_batchnorm(norm) for norm in norms]
     mine = slice(0, 2) if rank == 0 else slice(2, 5)
     assert can_fuse(maps, synced)
-    found = results(sum_of_batch_norms, [x[mine] for x in maps], synced, gradient[mine])
+    found = results(sum_of_batch_norms, [x[mine] for x in maps], synced, gradient[mine],
+                    shortcut[mine], True)
     for name, value in found.items():
         if name.startswith(("gradient of weight", "gradient of bias")):
             dist.all_reduce(value)  # DDP's part
-        if name == "sum" or "map" in name:
+        if name == "sum" or name.startswith(("gradient of map", "gradient of shortcut")):
             expected[name] = expected[name][mine]
     return differences(found, expected, 1e-5)
 
 
 @needs_triton
 def test_interpreted_kernels_equal_the_modules():
-    printed = run_script(__file__, TRITON_INTERPRET="1")
+    printed = run_script(__file__, "cpu", TRITON_INTERPRET="1")
+    assert SUCCESS in printed, printed
+
+
+@needs_triton
+@needs_gpu
+def test_kernels_on_a_gpu_equal_the_modules():
+    printed = run_script(__file__, "cuda", **ON_GPU)
     assert SUCCESS in printed, printed
 
 
@@ -176,38 +275,56 @@ def test_two_processes_share_their_sums():
 
 
 @pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("has_shortcut", [True, False])
 @pytest.mark.parametrize("layout", [FIRST, LAST])
-def test_without_kernels_the_modules_are_called(training, layout):
+def test_without_kernels_the_modules_are_called(training, has_shortcut, layout):
     maps, norms = make_maps(3, (4, 6, 5, 5), layout), make_norms(3, 6)
+    options = dict(shortcut=torch.randn(4, 6, 5, 5), relu=True) if has_shortcut else {}
     norms[1] = nn.Identity()
     for norm in norms:
         norm.train(training)
     twins = copy.deepcopy(norms)
-    assert torch.equal(sum_of_batch_norms(maps, norms), plain(maps, twins))
+    assert torch.equal(sum_of_batch_norms(maps, norms, **options), plain(maps, twins, **options))
     for norm, twin in zip(norms, twins):
         for name, value in norm.state_dict().items():
             assert torch.equal(value, twin.state_dict()[name])
 
 
+@pytest.mark.parametrize("layout", [FIRST, LAST])
+def test_what_replaces_modules_of_a_resnet_is_called(layout):
+    network = ResNet(5, "bottleneck", depths=(1,), dims=(4,)).to(memory_format=layout)
+    block, images, seen = network.layer1[0], torch.randn(2, 3, 32, 32), []
+    for module in (block.downsample, block.relu, block.bn3, network.relu):
+        module.register_forward_hook(lambda module, *values: seen.append(module))
+    block.bn1, block.bn2 = nn.GroupNorm(2, 4), nn.Identity()
+    network(images.contiguous(memory_format=layout))
+    assert seen == [network.relu, block.relu, block.relu, block.downsample, block.bn3, block.relu]
+
+
 def test_what_the_kernels_do_not_compute_is_noticed(monkeypatch):
     monkeypatch.setattr(batch_norm, "has_kernels", lambda device: True)
-    maps = make_maps(2, (2, 4, 3, 3))
+    maps, watched = make_maps(2, (2, 4, 3, 3)), nn.BatchNorm2d(4)
+    watched.register_forward_hook(lambda *values: None)
     assert can_fuse(maps, make_norms(2, 4)) and can_fuse(
         maps, [nn.SyncBatchNorm(4), nn.SyncBatchNorm(4)])
     for options in (dict(affine=False), dict(track_running_stats=False), dict(momentum=None),
                     dict(eps=1e-3)):
         assert not can_fuse(maps, [nn.BatchNorm2d(4), nn.BatchNorm2d(4, **options)])
     for other in (nn.BatchNorm2d(4).eval(), nn.BatchNorm2d(4).bfloat16(), nn.Identity(),
-                  nn.SyncBatchNorm(4)):
+                  nn.SyncBatchNorm(4), watched):
         assert not can_fuse(maps, [nn.BatchNorm2d(4), other])
         assert not can_fuse(maps, [other, nn.BatchNorm2d(4)])
     for wrong in ([x.double() for x in maps], [x[:1, :, :1, :1] for x in maps],
                   [maps[0], maps[1][:1]], [maps[0], maps[1].bfloat16()]):
         assert not can_fuse(wrong, make_norms(2, 4))
+    for wrong in (maps[0].bfloat16(), maps[0][:, :1]):
+        assert can_fuse(maps, make_norms(2, 4), maps[0])
+        assert not can_fuse(maps, make_norms(2, 4), wrong)
     assert not can_fuse(maps * 2, make_norms(4, 4))
     assert not can_fuse(maps, make_norms(2, 5)) and can_fuse(maps, make_norms(2, 3))
     assert not can_fuse(maps, [nn.BatchNorm2d(3), nn.BatchNorm2d(4)])
 
 
 if __name__ == "__main__":
-    tell(process_failures(int(sys.argv[1]), sys.argv[2]) if len(sys.argv) > 1 else failures())
+    tell(failures(sys.argv[1]) if len(sys.argv) == 2 else process_failures(int(sys.argv[1]),
+                                                                           sys.argv[2]))

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 
 from models.convnext import ConvNeXt, ConvNeXtV2
 from models.distiller import FrozenTeacher
-from models.fused import jit, mlp, tl
+from models.fused import jit, mlp, tl, wide_mlp
+from models.fused.gelu import gelu
 from models.large_kernel.operator import set_backend
 from models.slak import SLaK
 from tests.kernels import ON_GPU, SUCCESS, needs_gpu, needs_triton, run_script, tell
@@ -22,12 +23,15 @@ TOLERANCES = {torch.bfloat16: 1.2e-2, torch.float16: 1.2e-3}
 # (images, channels in memory, height, width), true channels: tiles not filled by positions, by
 # channels or by hidden ones
 MAPS = [((3, 16, 7, 9), 10), ((1, 128, 4, 4), 124), ((2, 24, 8, 8), 24), ((1, 136, 3, 5), 130)]
+# of wide_mlp, and by how much the mean of y is moved, which it subtracts behind the product
+WIDE = [((9, 264, 5, 3), 259, 0.0), ((1, 320, 3, 5), 320, 30.0)]
+HAS_WIDE = wide_mlp.TensorDescriptor is not None
 
 
 @jit
 def gelu_kernel(out, x, BLOCK: tl.constexpr):
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(out + place, mlp._gelu(tl.load(x + place)))
+    tl.store(out + place, gelu(tl.load(x + place)))
 
 
 def gelu_error(device: str) -> float:
@@ -77,9 +81,21 @@ def comparisons(device: str):
                 yield f"{shape} {width} {what}", dtype, got, expected
 
 
-NETWORKS = {  # and how many of their blocks the kernel takes: 264 channels are too many
+def wide_comparisons(device: str):
+    for shape, width, shift in WIDE if HAS_WIDE else ():
+        for dtype in TOLERANCES:
+            x, y, *weights = inputs_of(shape, width, dtype, device)
+            y += shift
+            got = mlp.mlp(x, y.contiguous(), *weights, 1e-6, width)
+            assert got.dtype == dtype and not got[:, width:].any()
+            assert got.is_contiguous(memory_format=torch.channels_last)
+            yield f"{shape} {width}", dtype, got, reference(x, y, *weights, 1e-6, width)
+
+
+NETWORKS = {  # and how many of their blocks one kernel takes: 264 channels are too many
     "slak": (lambda: SLaK(4, (1,), (10,), (5, 3), 1.0, layer_scale_init=1.0), 1),
     "convnext": (lambda: ConvNeXt(4, (1, 1, 1), (10, 24, 264), layer_scale_init=1.0), 2),
+    "wide": (lambda: ConvNeXt(4, (1,), (264,), layer_scale_init=1.0), 0),
     "convnextv2": (lambda: ConvNeXtV2(4, (1, 1), (8, 16)), 0)}
 
 
@@ -98,16 +114,21 @@ def network_comparisons(device: str):
     """Frozen networks with the kernel and without."""
     images = torch.randn(1, 3, 32, 32, device=device)
     for name, dtype in (("slak", torch.bfloat16), ("convnext", torch.float16),
-                        ("convnext", torch.bfloat16), ("convnextv2", torch.float16)):
+                        ("convnext", torch.bfloat16), ("convnextv2", torch.float16),
+                        ("wide", torch.float16)):
         network = frozen(name, dtype, device)
         compiled = torch.compile(network._run, fullgraph=True, backend="aot_eager")
         with mock.patch.object(mlp, "can_fuse", return_value=False):
             expected = network.forward_with_features(images)
         for what, run in (("eager", network._run), ("compiled", compiled)):
-            with mock.patch.object(mlp.forward_kernel, "run", wraps=mlp.forward_kernel.run
-                                   ) as kernel, torch.no_grad():
+            with (mock.patch.object(mlp.forward_kernel, "run", wraps=mlp.forward_kernel.run
+                                    ) as kernel,
+                  mock.patch.object(wide_mlp, "launch", wraps=wide_mlp.launch) as products,
+                  mock.patch.object(wide_mlp, "FEWEST", 1 if name == "wide" else wide_mlp.FEWEST),
+                  torch.no_grad()):
                 got = run(images)
             assert kernel.call_count == NETWORKS[name][1], (name, what, kernel.call_count)
+            assert products.call_count == (name == "wide" and HAS_WIDE), (name, what)
             if kernel.called:  # what the large kernel's backend makes need not be turned
                 assert kernel.call_args.kwargs["Y_LAST"] == (name != "slak")
             for one, other in zip([got.logits, *got.features],
@@ -122,7 +143,8 @@ def failures(device: str) -> list[str]:
     error = gelu_error(device)
     if not error < 1.5e-7:
         found.append(f"GELU: error {error:.1e}")
-    for what, dtype, got, expected in (*comparisons(device), *network_comparisons(device)):
+    for what, dtype, got, expected in (*comparisons(device), *network_comparisons(device),
+                                       *wide_comparisons(device)):
         error = ((got.cpu().double() - expected).norm() / expected.norm()).item()
         worst[dtype] = max(worst[dtype], error)
         if not error <= TOLERANCES[dtype]:  # NaN, where something was left unwritten, fails
@@ -151,15 +173,15 @@ def _fits(monkeypatch):
 
 
 def can_fuse(channels: int = 16, dtype: torch.dtype = torch.bfloat16, *, hidden: int = 4,
-             weights: torch.dtype | None = None, learns: bool = False) -> bool:
-    x = torch.zeros(1, channels, 2, 2, dtype=dtype)
+             weights: torch.dtype | None = None, learns: bool = False, images: int = 1) -> bool:
+    x = torch.zeros(1, dtype=dtype).expand(images, channels, 64, 64)
     weight = torch.zeros(hidden * channels, channels, dtype=weights or dtype)
     return mlp.can_fuse(x, weight, [weight, torch.zeros(3, requires_grad=learns)])
 
 
 def test_only_what_the_kernel_computes_is_left_to_it(_fits):
     assert can_fuse() and can_fuse(mlp.WIDEST, torch.float16)
-    assert not can_fuse(mlp.WIDEST + 8) and not can_fuse(10) and not can_fuse(hidden=2)
+    assert not can_fuse(10) and not can_fuse(hidden=2)
     assert not can_fuse(dtype=torch.float32) and not can_fuse(weights=torch.float32)
     with torch.autocast("cpu", torch.float16):
         assert not can_fuse() and can_fuse(dtype=torch.float16)
@@ -168,6 +190,15 @@ def test_only_what_the_kernel_computes_is_left_to_it(_fits):
         assert can_fuse(learns=True)
         with mock.patch.object(torch.jit, "is_tracing", return_value=True):
             assert not can_fuse()
+
+
+def test_wide_blocks_are_fused_where_there_are_many_positions(_fits, monkeypatch):
+    monkeypatch.setattr(wide_mlp, "TensorDescriptor", object)
+    monkeypatch.setattr(wide_mlp, "FEWEST", 2 * 64 * 64)
+    assert can_fuse(264, images=2) and not can_fuse(264) and not can_fuse(260, images=2)
+    assert can_fuse(mlp.WIDEST) and not can_fuse(wide_mlp.WIDEST + 8, images=2)
+    monkeypatch.setattr(wide_mlp, "TensorDescriptor", None)
+    assert not can_fuse(264, images=2)
 
 
 def test_blocks_of_other_layers_stay_as_they_are(_fits, monkeypatch):

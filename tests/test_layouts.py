@@ -205,7 +205,8 @@ def test_every_class_is_on_both_sides(tmp_path, capsys):
 @pytest.mark.parametrize("share, names, telling", [
     (1.5, ["ant/a.png"], "split=1.5 must lie between 0 and 1"),
     (0.1, ["train/ant/a.png", "val/ant/a.png"], "divided into train/ and val/ already"),
-    (0.1, ["ant/a.png", "bee/notes.txt"], "bee. Fill or remove")])
+    (0.1, ["ant/a.png", "bee/notes.txt"], "bee. Fill or remove"),
+    (0.5, ["ant/a.png", "bee/b.png"], "split=0.5 leaves no image to evaluate on")])
 def test_a_share_that_cannot_be(share, names, telling, tmp_path):
     put(tmp_path, *names)
     with pytest.raises(UserError, match=telling):

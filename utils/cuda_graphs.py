@@ -33,13 +33,14 @@ class Captured:
     if the memory is too small for a graph, that is said and all calls are eager.
 
     `parameters`: those whose gradients the function adds to. A replay adds what the launches would.
+    `when_given_up` is called when all calls are eager from then on.
     """
 
     device_type = "cuda"
 
     def __init__(self, what: str = "", parameters: Iterable[Tensor] = (), *,
-                 is_on: bool = False) -> None:
-        self.what, self.is_on = what, is_on
+                 is_on: bool = False, when_given_up: Callable[[], None] = lambda: None) -> None:
+        self.what, self.is_on, self.when_given_up = what, is_on, when_given_up
         self.parameters = list(parameters)
         self.form: list[tuple] = []  # of the inputs
         self.calls = 0
@@ -105,6 +106,7 @@ class Captured:
 
     def _give_up(self, reason: str) -> None:
         self.is_on = False
+        self.when_given_up()
         print_from_any(f"CUDA graphs: {self.what} is launched eagerly, for {reason}")
 
     def _replay(self) -> None:

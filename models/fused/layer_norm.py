@@ -4,12 +4,15 @@ Rows are of bfloat16, float16 or float32; means and variances are float32 ones o
 in registers. A row may be longer than what it holds: `width` true channels and then zeros, so that
 it starts at a multiple of 16 bytes and matrix units take it (249 channels in rows of 256).
 
+The rows of a map may be written in the order of its patches, so that a convolution whose kernel is
+as large as its stride is a matrix product of what is written; their gradients are read so.
+
 The backward pass computes the statistics again from the row, which it must read in any case.
 No result depends on the order in which programs run.
 """
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -49,36 +52,51 @@ def _statistics(x, true, eps, WIDTH: tl.constexpr):
 
 
 @jit
-def _load(start, stride, row, column, num_rows, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+def _load(start, row, exists, column, STRIDE: tl.constexpr, WIDTH: tl.constexpr,
+          PADDED: tl.constexpr):
     """Rows in float32, zeros behind WIDTH. They are loaded up to PADDED, which is a multiple of 16
     bytes where WIDTH may not be."""
-    x = tl.load(start + row[:, None].to(tl.int64) * stride + column[None, :],
-                mask=(row < num_rows)[:, None] & (column < PADDED)[None, :], other=0.0)
+    x = tl.load(start + row[:, None].to(tl.int64) * STRIDE + column[None, :],
+                mask=exists[:, None] & (column < PADDED)[None, :], other=0.0)
     return tl.where((column < WIDTH)[None, :], x.to(tl.float32), 0.0)
+
+
+@jit
+def _place(row, num_rows, H: tl.constexpr, W: tl.constexpr, PATCH: tl.constexpr):
+    """Where the rows of maps of H x W stand in the order of their patches, and whether they do."""
+    exists = row < num_rows
+    if PATCH > 1:
+        DOWN: tl.constexpr = H // PATCH
+        ACROSS: tl.constexpr = W // PATCH
+        y, x = row // W % H, row % W
+        exists = exists & (y < DOWN * PATCH) & (x < ACROSS * PATCH)
+        patch = (row // (H * W) * DOWN + y // PATCH) * ACROSS + x // PATCH
+        row = patch * (PATCH * PATCH) + y % PATCH * PATCH + x % PATCH
+    return row, exists
 
 
 @jit(do_not_specialize=["num_rows"])  # compiled once for any batch
 def forward_kernel(out, x, weight, bias, num_rows, eps, STRIDE: tl.constexpr,
-                   WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
-                   BLOCK: tl.constexpr):
-    """out (num_rows, PADDED); the rows of x lie STRIDE elements apart."""
+                   WIDTH: tl.constexpr, PADDED: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
+                   PATCH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """out (patches, PATCH * PATCH, PADDED); the rows of x lie STRIDE elements apart."""
     row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
     true = column < WIDTH
-    y, _ = _statistics(_load(x, STRIDE, row, column, num_rows, WIDTH, PADDED), true[None, :], eps,
-                       WIDTH)
+    values = _load(x, row, row < num_rows, column, STRIDE, WIDTH, PADDED)
+    y, _ = _statistics(values, true[None, :], eps, WIDTH)
     y = (y * tl.load(weight + column, mask=true, other=0.0).to(tl.float32)[None, :]
          + tl.load(bias + column, mask=true, other=0.0).to(tl.float32)[None, :])
+    row, exists = _place(row, num_rows, H, W, PATCH)
     tl.store(out + row[:, None].to(tl.int64) * PADDED + column[None, :],
-             y.to(out.dtype.element_ty),
-             mask=(row < num_rows)[:, None] & (column < PADDED)[None, :])
+             y.to(out.dtype.element_ty), mask=exists[:, None] & (column < PADDED)[None, :])
 
 
 @jit(do_not_specialize=["num_rows"])  # compiled once for any batch
 def backward_kernel(out, sums, gradient, x, weight, num_rows, eps, STRIDE: tl.constexpr,
-                    WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
-                    BLOCK: tl.constexpr):
+                    WIDTH: tl.constexpr, PADDED: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
+                    PATCH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """The gradient of x in out (num_rows, PADDED), and in sums (programs, 2, WIDTH) those of weight
-    and bias by this program's rows. `gradient` has contiguous rows."""
+    and bias by this program's rows. `gradient` is contiguous, in the order of the output."""
     column = tl.arange(0, BLOCK)
     true = column < WIDTH
     scale = tl.load(weight + column, mask=true, other=0.0).to(tl.float32)[None, :]
@@ -86,9 +104,10 @@ def backward_kernel(out, sums, gradient, x, weight, num_rows, eps, STRIDE: tl.co
     of_bias = tl.zeros((ROWS, BLOCK), tl.float32)
     for tile in range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0)):
         row = tile * ROWS + tl.arange(0, ROWS)
-        given = _load(gradient, PADDED, row, column, num_rows, WIDTH, PADDED)
-        y, inverse_std = _statistics(_load(x, STRIDE, row, column, num_rows, WIDTH, PADDED),
-                                     true[None, :], eps, WIDTH)
+        place, is_given = _place(row, num_rows, H, W, PATCH)
+        given = _load(gradient, place, is_given, column, PADDED, WIDTH, PADDED)
+        y, inverse_std = _statistics(
+            _load(x, row, row < num_rows, column, STRIDE, WIDTH, PADDED), true[None, :], eps, WIDTH)
         of_weight += given * y
         of_bias += given
         given *= scale
@@ -106,11 +125,12 @@ def backward_kernel(out, sums, gradient, x, weight, num_rows, eps, STRIDE: tl.co
 # Launches
 
 
-def tiling(x: Tensor, width: int, elements: int) -> dict[str, int]:
-    """What both kernels want to know of rows (num_rows, padded)."""
-    block = next_power_of_2(x.shape[1])
-    rows = max(1, elements // block)
-    return dict(WIDTH=width, PADDED=x.shape[1], ROWS=rows, BLOCK=block, num_warps=NUM_WARPS)
+def tiling(x: Tensor, width: int, patch: int, elements: int) -> dict[str, int]:
+    """What both kernels want to know of x (..., padded)."""
+    block = next_power_of_2(x.shape[-1])
+    down, across = x.shape[1:3] if patch > 1 else (1, 1)
+    return dict(WIDTH=width, PADDED=x.shape[-1], H=down, W=across, PATCH=patch,
+                ROWS=max(1, elements // block), BLOCK=block, num_warps=NUM_WARPS)
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -119,10 +139,18 @@ def as_rows(x: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+def _shape(x: Tensor, patch: int) -> Sequence[int]:
+    """Of the result for x (..., padded) or, in patches, (N, H, W, padded)."""
+    if patch == 1:
+        return x.shape
+    return x.shape[0], x.shape[1] // patch, x.shape[2] // patch, patch * patch * x.shape[3]
+
+
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype,
+                patch: int) -> Tensor:
     rows = as_rows(x)
-    out = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
-    forms = tiling(rows, len(weight), FORWARD)
+    out = torch.empty(_shape(x, patch), dtype=dtype, device=x.device)
+    forms = tiling(x, len(weight), patch, FORWARD)
     if len(rows):
         with on_device_of(x):
             forward_kernel[(cdiv(len(rows), forms["ROWS"]),)](
@@ -131,12 +159,12 @@ def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torc
     return out
 
 
-def _layer_norm_backward(gradient: Tensor, x: Tensor, weight: Tensor,
-                         eps: float) -> tuple[Tensor, Tensor]:
+def _layer_norm_backward(gradient: Tensor, x: Tensor, weight: Tensor, eps: float,
+                         patch: int) -> tuple[Tensor, Tensor]:
     """The gradients of x and, float32 (2, width), of weight and bias."""
     rows, width = as_rows(x), len(weight)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    forms = tiling(rows, width, BACKWARD)
+    forms = tiling(x, width, patch, BACKWARD)
     programs = min(PROGRAMS * multiprocessors(x), cdiv(len(rows), forms["ROWS"]))
     sums = x.new_empty((programs, 2, width), dtype=torch.float32)
     if programs:
@@ -149,43 +177,55 @@ def _layer_norm_backward(gradient: Tensor, x: Tensor, weight: Tensor,
 
 _operator = torch.library.custom_op(
     "fused::layer_norm", _layer_norm, mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor bias, float eps, ScalarType dtype) -> Tensor")
+    schema="(Tensor x, Tensor weight, Tensor bias, float eps, ScalarType dtype, int patch) -> "
+           "Tensor")
 _backward_operator = torch.library.custom_op(
     "fused::layer_norm_backward", _layer_norm_backward, mutates_args=(),
-    schema="(Tensor gradient, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)")
+    schema="(Tensor gradient, Tensor x, Tensor weight, float eps, int patch) -> (Tensor, Tensor)")
 
 
 @_operator.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    return x.new_empty(x.shape, dtype=dtype)
+def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype,
+      patch: int) -> Tensor:
+    return x.new_empty(_shape(x, patch), dtype=dtype)
 
 
 @_backward_operator.register_fake
-def _(gradient: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _(gradient: Tensor, x: Tensor, weight: Tensor, eps: float,
+      patch: int) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty((2, len(weight)), dtype=torch.float32)
 
 
 def _keep(ctx, inputs: tuple, output: Tensor) -> None:
-    x, weight, bias, ctx.eps, _ = inputs
+    x, weight, bias, ctx.eps, _, ctx.patch = inputs
     ctx.save_for_backward(x, weight)
     ctx.bias_dtype = bias.dtype
 
 
 def _backward(call: Callable, ctx, gradient: Tensor) -> tuple:
     x, weight = ctx.saved_tensors
-    of_x, sums = call(gradient, x, weight, ctx.eps)
-    return of_x, sums[0].to(weight.dtype), sums[1].to(ctx.bias_dtype), None, None
+    of_x, sums = call(gradient, x, weight, ctx.eps, ctx.patch)
+    return of_x, sums[0].to(weight.dtype), sums[1].to(ctx.bias_dtype), None, None, None
 
 
 _fused = differentiable((_operator, _layer_norm), (_backward_operator, _layer_norm_backward),
                         _keep, _backward)
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float,
-               width: int | None = None) -> Tensor:
+def in_patches(x: Tensor, size: int) -> Tensor:
+    """(N, H, W, C) -> (N, H // size, W // size, size * size * C): each patch of size x size as one
+    row, positions before channels. What fills no patch is left out."""
+    num_images, down, across, channels = len(x), x.shape[1] // size, x.shape[2] // size, x.shape[3]
+    x = x[:, :down * size, :across * size].reshape(num_images, down, size, across, size, channels)
+    return x.transpose(2, 3).reshape(num_images, down, across, size * size * channels)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, width: int | None = None,
+               patch: int = 1) -> Tensor:
     """LayerNorm of the first `width` values of the last axis of x (..., padded), zeros behind them;
     weight and bias (width,). Statistics are float32 for halves, too. The result has the dtype of x
-    or, where the kernels run under autocast, autocast's: what follows need not be cast."""
+    or, where the kernels run under autocast, autocast's: what follows need not be cast. `patch`:
+    the result is given as by `in_patches` of that size, for x (N, H, W, padded)."""
     padded = x.shape[-1]
     width = padded if width is None else width
     if weight.shape != (width,) or bias.shape != (width,) or not 0 < width <= padded:
@@ -193,10 +233,11 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float,
                          f"{padded} of a row, got {tuple(weight.shape)} and {tuple(bias.shape)}.")
     if (x.dtype in DTYPES and padded <= WIDEST and has_kernels(x.device)
             and not is_recorded()):
-        return _fused(x, weight, bias, eps, autocast_dtype(x))
+        return _fused(x, weight, bias, eps, autocast_dtype(x), patch)
     true = x if width == padded else x[..., :width]
     if x.device.type == "cuda" and x.dtype != weight.dtype:  # PyTorch's kernel takes one dtype only
         y = F.layer_norm(true.float(), (width,), weight.float(), bias.float(), eps).to(x.dtype)
     else:
         y = F.layer_norm(true, (width,), weight, bias, eps)
-    return y if width == padded else F.pad(y, (0, padded - width))
+    y = y if width == padded else F.pad(y, (0, padded - width))
+    return y if patch == 1 else in_patches(y, patch)

@@ -1,8 +1,9 @@
-"""The MLP of a ConvNeXt block in one Triton kernel, for inference in half precision:
+"""The MLP of a ConvNeXt block in Triton, for inference in half precision:
 
     out = x + W2 gelu(W1 norm(y) + b1) + b2,    norm: LayerNorm without weight and bias
 
-at every position over its channels. The hidden values, four times the map, never leave the chip:
+at every position over its channels. Here in one kernel; blocks of more channels than it takes are
+left to models/fused/wide_mlp.py. The hidden values, four times the map, never leave the chip:
 y, x and out are all that meets device memory. A program holds a tile of positions normalised in
 shared memory and their sums in registers, and takes the hidden channels in chunks, whose weights
 come from L2.
@@ -28,10 +29,12 @@ from models.fused import (
     next_power_of_2,
     on_device_of,
     tl,
+    wide_mlp,
 )
+from models.fused.gelu import gelu
 
 DTYPES = (torch.bfloat16, torch.float16)
-WIDEST = 256  # channels in memory: wider sums do not fit into registers
+WIDEST = 256  # channels in memory: wider sums do not fit into registers; see wide_mlp.py
 # For maps of at most so many channels: how many programs a Hopper multiprocessor takes, and their
 # tiles, the fastest of 32 on an H100. Its 227 KiB of shared memory and 65,536 registers hold two
 # programs of 96 KiB and 128 threads, or one of 192 KiB and 256, with 255 registers in a thread.
@@ -40,24 +43,6 @@ TILES = {128: (2, dict(BLOCK_P=128, BLOCK_H=64, num_warps=4, num_stages=2)),
 
 
 # On the device
-
-
-@jit
-def _gelu(x):
-    """x F(x), F being the normal distribution: max(x, 0) - t F(-t) with t = |x|. log2 F(-t) is a
-    smooth function that a polynomial of degree 8 meets so well that the result is 7e-9 off at most,
-    a tenth of float32's rounding at 1; it falls for ever, so no t is too large. That takes 12
-    instructions for erf's 33, and where x is negative nothing cancels out."""
-    t = tl.abs(x)
-    power = -1.690403017e-06 * t + 2.508332789e-05
-    power = power * t - 1.144628043e-04
-    power = power * t - 3.233417321e-04
-    power = power * t + 7.333383398e-03
-    power = power * t - 5.271419797e-02
-    power = power * t - 4.591154378e-01
-    power = power * t - 1.151123263e+00
-    power = power * t - 9.999988739e-01
-    return tl.maximum(x, 0.0) - t * tl.exp2(power)
 
 
 @jit
@@ -118,7 +103,7 @@ def forward_kernel(out, x, y, weight1, bias1, weight2, bias2, num_positions, eps
             shift = _load(bias1 + start + part, within, WHOLE).to(tl.float32)
             second = _load(back + start, within[:, None] & inside[None, :], WHOLE)
             h = dot(a, first, tl.zeros((BLOCK_P, BLOCK_H), tl.float32))
-            acc = dot(_gelu(h + shift[None, :]).to(a.dtype), second, acc)
+            acc = dot(gelu(h + shift[None, :]).to(a.dtype), second, acc)
         tl.store(out + moved + place, acc.to(out.dtype.element_ty), mask=exists)
         a = _normalised(y, tile + tl.num_programs(0), num_positions, eps, PIXELS, Y_LAST, WIDTH,
                         PADDED, BLOCK_C, BLOCK_P)
@@ -130,11 +115,12 @@ def forward_kernel(out, x, y, weight1, bias1, weight2, bias2, num_positions, eps
 def launch(x: Tensor, y: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor,
            eps: float, width: int) -> Tensor:
     layout = torch.channels_last
-    x = x.contiguous(memory_format=layout)
-    out = torch.empty_like(x, memory_format=layout)
-    if not y.is_contiguous():
+    x, channels, pixels = x.contiguous(memory_format=layout), x.shape[1], x.shape[2] * x.shape[3]
+    if channels > WIDEST or not y.is_contiguous():
         y = y.contiguous(memory_format=layout)
-    channels, pixels = x.shape[1], x.shape[2] * x.shape[3]
+    if channels > WIDEST:
+        return wide_mlp.launch(x, y, weight1, bias1, weight2, bias2, eps, width)
+    out = torch.empty_like(x, memory_format=layout)
     num_positions = len(x) * pixels
     at_once, tiles = TILES[128 if channels <= 128 else 256]
     programs = min(at_once * multiprocessors(x), cdiv(num_positions, tiles["BLOCK_P"]))
@@ -176,8 +162,8 @@ def can_fuse(x: Tensor, weight: Tensor, parameters: Iterable[Tensor]) -> bool:
     if torch.is_grad_enabled() and any(value.requires_grad for value in (x, *parameters)):
         return False
     return (x.dtype in DTYPES and x.dtype == weight.dtype == autocast_dtype(x)
-            and channels <= WIDEST and channels % 8 == 0
-            and weight.shape == (4 * channels, channels) and suits(x.device))
+            and channels % 8 == 0 and weight.shape == (4 * channels, channels) and suits(x.device)
+            and (channels <= WIDEST or wide_mlp.suits(x)))
 
 
 def mlp(x: Tensor, y: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor,
