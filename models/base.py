@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.layers import LaunchAware
 from utils.distributed import num_bytes
 from utils.registry import Registry, UserError, one_line, parse_spec, short
 
@@ -33,7 +32,7 @@ class ModelOutput(NamedTuple):
     features: list[Tensor]  # per stage, (N, C_i, H / stride_i, W / stride_i); the last is pooled
 
 
-class VisionModel(LaunchAware):
+class VisionModel(nn.Module):
     """A classifier that also returns its stage maps.
 
     A subclass sets `feature_info` and `num_classes` and implements `forward_with_features`. A

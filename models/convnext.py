@@ -16,6 +16,7 @@ from models.layers import (
     Conv2d,
     DepthwiseConv2d,
     DropPath,
+    LaunchAware,
     LayerNorm,
     LayerNorm2d,
     PointwiseLinear,
@@ -58,8 +59,8 @@ class ConvNeXtBlock(nn.Module):
     Its `in_any_layout(x)` gives what it gives, channels-last or contiguous, whichever costs less.
     `grn` puts a response normalisation into the MLP, as ConvNeXt V2 does. x may carry channels of
     zeros behind the block's own; they stay zeros. Where one kernel computes a frozen block, its
-    layers are not called, nor are their hooks. In training on a GPU what surrounds the products is
-    computed in one pass, unless a layer has hooks.
+    layers are not called, nor are their hooks. In training on a GPU what stands beside the products
+    takes one pass each way where `fused_block.can_fuse`, unless one of these layers has hooks.
     """
 
     def __init__(self, dim: int, mixer_name: str, mixer: nn.Module, *, drop_path: float,
@@ -125,7 +126,7 @@ def _stop_being_plain(block: ConvNeXtBlock, _: Any) -> None:
     block.is_plain = False
 
 
-class ConvNeXtFrame(VisionModel):
+class ConvNeXtFrame(LaunchAware, VisionModel):
     """Stem, four stages of blocks with down-sampling between them, pooled norm and head. `stem`:
     patches of 4x4 px as published, or `small`, a 3x3 convolution of stride 1 for images of 32 px.
 

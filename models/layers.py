@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.fused import autocast_dtype, has_kernels, is_recorded, stem
-from models.fused import layer_norm as fused
+from models.fused import HALVES, autocast_dtype, has_kernels, is_traced, stem
+from models.fused import layer_norm as fused_norm
 from models.fused.depthwise import depthwise_conv2d
 from models.fused.max_pool import max_pool2d
 from utils.registry import UserError
@@ -14,7 +14,6 @@ from utils.registry import UserError
 # Maps may carry more channels than a layer has, zeros behind its own: matrix units want widths that
 # are multiples of 8. The layers below then pad their weights with zeros, so that zeros stay zeros.
 
-HALVES = (torch.bfloat16, torch.float16)
 MOST_BLOCKS = 1000  # of a stage
 
 
@@ -36,7 +35,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, width: int) 
     """LayerNorm over the first `width` channels of (..., C); zeros behind them."""
     channels = x.shape[-1]
     if x.is_cuda and not torch.compiler.is_compiling():
-        return fused.layer_norm(x, weight, bias, eps, width)
+        return fused_norm.layer_norm(x, weight, bias, eps, width)
     if channels == width:
         return F.layer_norm(x, (width,), weight, bias, eps)
     # Written out, which torch.compile joins with what stands beside it.
@@ -50,13 +49,14 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, width: int) 
 
 class LaunchAware(nn.Module):
     """A module that may choose, on a GPU, between arrangements of the same function by what their
-    launches cost: `launches_are_free` where a CUDA graph replays them and the host does not wait.
-    """
+    launches cost: `launches_are_free` in a student whose step a CUDA graph replays, so that they
+    take no time of the host."""
 
     launches_are_free = False
 
 
 def set_launches_free(network: nn.Module, are_free: bool) -> None:
+    """For all modules of the network."""
     for module in network.modules():
         if isinstance(module, LaunchAware):
             module.launches_are_free = are_free
@@ -86,15 +86,14 @@ class Conv2d(nn.Conv2d):
         weight, bias = pad_to(self.weight, width, x.shape[1]), pad_to(self.bias, width)
         return F.conv2d(x, weight, bias, self.stride, self.padding)
 
-    def is_product(self, x: Tensor) -> bool:
+    def prefers_patches(self, x: Tensor) -> bool:
         """Whether x is better taken as patches, by `of_patches` or a kernel: where kernel and
         stride are the same and x is computed in half precision on a GPU. There PyTorch adds the
-        bias afterwards, in as much time again. What is compiled or recorded keeps its layers."""
+        bias in a second pass, which takes as long as the convolution."""
         size = self.kernel_size[0]
         return (self.kernel_size == self.stride == (size, size) and self.padding == (0, 0)
-                and not torch.compiler.is_compiling() and not is_recorded()
-                and autocast_dtype(x) in HALVES and has_kernels(x.device)
-                and min(x.shape[2:]) >= size)
+                and not is_traced() and autocast_dtype(x) in HALVES
+                and has_kernels(x.device) and min(x.shape[2:]) >= size)
 
     def of_patches(self, patches: Tensor, width: int) -> Tensor:
         """(N, H, W, k * k * channels) -> (N, width, H, W), channels-last."""
@@ -120,14 +119,14 @@ def down_sampled(layers: nn.Sequential, x: Tensor, width: int) -> Tensor:
     before a convolution writes its rows as patches, unless a layer has hooks."""
     first, second = layers
     is_stem, is_ordinary = isinstance(first, Conv2d), are_ordinary(layers, (Conv2d, LayerNorm2d))
-    if (is_stem and is_ordinary and first.is_product(x)
+    if (is_stem and is_ordinary and first.prefers_patches(x)
             and stem.can_fuse(x, first.weight, second.weight, width)):
         return stem.stem(x, first.weight, first.bias, second.weight, second.bias, second.eps, width)
     # In rows of 16 bytes; other widths are filled up better by the library.
-    if (not is_stem and is_ordinary and second.is_product(x)
+    if (not is_stem and is_ordinary and second.prefers_patches(x)
             and x.shape[1] % 8 == width % 8 == 0):
-        patches = fused.layer_norm(x.permute(0, 2, 3, 1), first.weight, first.bias, first.eps,
-                                   first.normalized_shape[0], second.kernel_size[0])
+        patches = fused_norm.layer_norm(x.permute(0, 2, 3, 1), first.weight, first.bias, first.eps,
+                                        first.normalized_shape[0], second.kernel_size[0])
         return second.of_patches(patches, width)
     for layer in layers:
         x = layer(x, width) if isinstance(layer, Conv2d) else layer(x)
@@ -195,7 +194,8 @@ class GELU(nn.GELU):
 
 
 class MaxPool2d(nn.MaxPool2d):
-    """Max pooling without dilation or ceiling."""
+    def __init__(self, kernel_size: int, stride: int, padding: int) -> None:
+        super().__init__(kernel_size, stride, padding)
 
     def forward(self, x: Tensor) -> Tensor:
         return max_pool2d(x, self.kernel_size, self.stride, self.padding)

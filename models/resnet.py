@@ -1,6 +1,9 @@
 """ResNet (He et al. 2016, arXiv 1512.03385), with the stride in the 3x3 convolution as in
 torchvision and timm. Module names are torchvision's, so its weights load. ResNet-D (He et al. 2019,
-arXiv 1812.01187, figure 2) is its options `deep_stem` and `avg_down`, under timm's names."""
+arXiv 1812.01187, figure 2) is its options `deep_stem` and `avg_down`, under timm's names.
+
+In a step that a CUDA graph replays, BatchNorms, shortcut and ReLU are computed together
+(models/fused/batch_norm.py)."""
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from models.base import FeatureInfo, ModelOutput, VisionModel, register_model
+from models.fused import is_traced
 from models.fused.batch_norm import plain_sum, sum_of_batch_norms
 from models.layers import (
     DropPath,
@@ -21,33 +25,38 @@ from utils.registry import UserError
 
 
 class Normalizing(LaunchAware):
-    def normalized(self, maps: Sequence[Tensor], norms: Sequence[nn.Module],
-                   shortcut: Tensor | None = None, relu: nn.Module | None = None) -> Tensor:
-        """relu(sum of the normalized maps + shortcut). Where launches are free, in few passes of
-        memory: their kernels need twice the host's time. torch.compile joins the plain layers
-        itself, and the kernels would change the layout of contiguous maps."""
-        if (self.launches_are_free and not torch.compiler.is_compiling()
+    """What normalizes maps (N, C, H, W)."""
+
+    def normalize(self, maps: Sequence[Tensor], norms: Sequence[nn.Module],
+                  shortcut: Tensor | None = None, activation: nn.Module | None = None) -> Tensor:
+        """activation(sum of the normalized maps + shortcut). In few passes of memory where launches
+        are free, for the kernels take more of the host's time than they save of the GPU's; they
+        would change the layout of contiguous maps."""
+        if (self.launches_are_free and not is_traced()
                 and maps[0].is_contiguous(memory_format=torch.channels_last)
-                and (relu is None or are_ordinary([relu], [nn.ReLU]))):
-            return sum_of_batch_norms(maps, norms, shortcut=shortcut, relu=relu is not None)
+                and (activation is None or are_ordinary([activation], [nn.ReLU]))):
+            return sum_of_batch_norms(maps, norms, shortcut=shortcut, relu=activation is not None)
         out = plain_sum(maps, norms, shortcut=shortcut)
-        return out if relu is None else relu(out)
+        return out if activation is None else activation(out)
 
 
 class Block(Normalizing):
-    def end(self, norm: nn.Module, y: Tensor, x: Tensor) -> Tensor:
-        """relu(norm(y) + the shortcut of the block's input x); drop path may drop norm(y)."""
-        shortcut = self.downsample
-        if self.training and self.drop_path.drop_prob > 0:
-            y = self.drop_path(self.normalized([y], [norm]))
+    """How both kinds end."""
+
+    def add_shortcut(self, norm: nn.Module, y: Tensor, x: Tensor) -> Tensor:
+        """relu(norm(y) + the shortcut of the block's input x). Drop path comes between norm and
+        addition, which are then apart."""
+        shortcut, drop = self.downsample, self.drop_path
+        if not are_ordinary([drop], [DropPath]) or (drop.training and drop.drop_prob > 0):
+            y = drop(self.normalize([y], [norm]))
             return self.relu(y + (x if shortcut is None else shortcut(x)))
         if shortcut is None or not are_ordinary([shortcut], [nn.Sequential]):
             x = x if shortcut is None else shortcut(x)
-            return self.normalized([y], [norm], x, self.relu)
+            return self.normalize([y], [norm], x, self.relu)
         *layers, norm_of_shortcut = shortcut
         for layer in layers:
             x = layer(x)
-        return self.normalized([y, x], [norm, norm_of_shortcut], relu=self.relu)
+        return self.normalize([y, x], [norm, norm_of_shortcut], activation=self.relu)
 
 
 class BasicBlock(Block):
@@ -66,8 +75,8 @@ class BasicBlock(Block):
         self.last_bn = "bn2"
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.normalized([self.conv1(x)], [self.bn1], relu=self.relu)
-        return self.end(self.bn2, self.conv2(y), x)
+        y = self.normalize([self.conv1(x)], [self.bn1], activation=self.relu)
+        return self.add_shortcut(self.bn2, self.conv2(y), x)
 
 
 class Bottleneck(Block):
@@ -88,9 +97,9 @@ class Bottleneck(Block):
         self.last_bn = "bn3"
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.normalized([self.conv1(x)], [self.bn1], relu=self.relu)
-        y = self.normalized([self.conv2(y)], [self.bn2], relu=self.relu)
-        return self.end(self.bn3, self.conv3(y), x)
+        y = self.normalize([self.conv1(x)], [self.bn1], activation=self.relu)
+        y = self.normalize([self.conv2(y)], [self.bn2], activation=self.relu)
+        return self.add_shortcut(self.bn3, self.conv3(y), x)
 
 
 def _shortcut(in_dim: int, out_dim: int, stride: int, avg_down: bool) -> nn.Module | None:
@@ -185,7 +194,7 @@ class ResNet(Normalizing, VisionModel):
                 nn.init.zeros_(getattr(module, module.last_bn).weight)
 
     def forward_with_features(self, images: Tensor) -> ModelOutput:
-        x = self.maxpool(self.normalized([self.conv1(images)], [self.bn1], relu=self.relu))
+        x = self.maxpool(self.normalize([self.conv1(images)], [self.bn1], activation=self.relu))
         features = []
         for name in self.stage_names:
             x = getattr(self, name)(x)

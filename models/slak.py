@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from models.base import register_model
 from models.convnext import SMALL, TINY, ConvNeXtBlock, ConvNeXtFrame
-from models.fused.batch_norm import sum_of_batch_norms
+from models.fused.batch_norm import plain_sum, sum_of_batch_norms
 from models.large_kernel.operator import LargeKernelModule, Prepared, depthwise, depthwise_sum
-from models.layers import LaunchAware, batch_norm
+from models.layers import LaunchAware
 from utils.registry import UserError
 
 LARGE_KERNELS = (51, 49, 47, 13, 5)
@@ -70,7 +70,7 @@ class LargeKernel(LaunchAware, LargeKernelModule):
         norms = [branch.bn for branch in self.children()]
         if self.launches_are_free or x.shape[2] * x.shape[3] >= FUSED_FROM:
             return sum_of_batch_norms(maps, norms)
-        return sum(batch_norm(norm, y) for norm, y in zip(norms, maps))
+        return plain_sum(maps, norms)
 
     def kernels(self) -> list[Tensor]:
         return [branch.conv.weight for branch in self.children()]

@@ -299,6 +299,10 @@ def test_what_replaces_modules_of_a_resnet_is_called(layout):
     block.bn1, block.bn2 = nn.GroupNorm(2, 4), nn.Identity()
     network(images.contiguous(memory_format=layout))
     assert seen == [network.relu, block.relu, block.relu, block.downsample, block.bn3, block.relu]
+    block.drop_path = nn.Identity()
+    block.drop_path.register_forward_hook(lambda module, *values: seen.append(module))
+    network(images.contiguous(memory_format=layout))
+    assert seen[-4:] == [block.bn3, block.drop_path, block.downsample, block.relu]
 
 
 def test_what_the_kernels_do_not_compute_is_noticed(monkeypatch):

@@ -165,6 +165,14 @@ def failures(device: str) -> list[str]:
     return found + second_derivatives(device) + recorded(device) + needlessly_kept(device)
 
 
+def test_rows_in_patch_order():
+    x, weight, bias = torch.randn(2, 5, 4, 6), torch.randn(6), torch.randn(6)
+    rows = layer_norm(x, weight, bias, 1e-6)
+    patches = layer_norm(x, weight, bias, 1e-6, patch=2)
+    assert patches.shape == (2, 2, 2, 24)
+    assert torch.equal(patches[1, 1, 0], rows[1, 2:4, :2].flatten())
+
+
 @needs_triton
 def test_interpreted_kernels_equal_plain_layers():
     printed = run_script(__file__, "cpu", TRITON_INTERPRET="1")

@@ -52,6 +52,7 @@ class Captured:
         self.gradients: list[Tensor | None] = []
 
     def __deepcopy__(self, memo: dict) -> "Captured":
+        """Without `when_given_up`, which is about the original."""
         return type(self)(self.what, copy.deepcopy(self.parameters, memo), is_on=self.is_on)
 
     def __call__(self, function: Callable, *inputs: Any) -> Any:

@@ -1,4 +1,7 @@
-"""Layers as single GPU kernels in Triton, each beside the plain PyTorch layer that it equals."""
+"""Layers, and groups of layers, as GPU kernels in Triton. What a kernel does not take, or what is
+recorded for other programs, is left to PyTorch's layers, as everything is on a CPU.
+
+Tiles and limits were chosen by single trials on an H100 or H200, which no command repeats."""
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache, partial
@@ -25,6 +28,9 @@ def jit(function=None, **options):
 def _nothing():
     pass
 
+
+HALVES = (torch.bfloat16, torch.float16)
+FLOATS = (torch.float32, *HALVES)
 
 # TRITON_INTERPRET=1, set before Triton is imported, runs kernels slowly on a CPU.
 INTERPRETED = triton is not None and not isinstance(_nothing, triton.JITFunction)
@@ -72,6 +78,12 @@ def is_recorded() -> bool:
     `torch.compiler.is_exporting` cannot tell them apart in every version."""
     is_exported = torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
     return is_exported or torch.jit.is_tracing()
+
+
+def is_traced() -> bool:
+    """Whether torch.compile, which joins ordinary layers by itself, torch.export or the tracer
+    calls."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 # Launches. A launch costs the host 20 to 70 microseconds: what surrounds it should cost little.
@@ -138,7 +150,7 @@ def differentiable(forward: tuple[Callable, Callable], gradient: tuple[Callable,
         backward=staticmethod(once_differentiable(backward_of_all))))
 
     def call(*inputs):
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if is_traced():
             return operator(*inputs)
         values = flat(inputs)
         if torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad

@@ -3,7 +3,7 @@ a shortcut and a ReLU, the layers and blocks of a ResNet, in Triton: one pass ov
 statistics, one for the normalized sum, and two backward.
 
 Three maps thus move 18 times the bytes of one in a training step: 3 + 4 forward, 4 + 7 backward.
-One module after another moves 32 times. One map and its ReLU move 8 times, 1 + 2 and 2 + 3, instead
+One module after another moves 30 times. One map and its ReLU move 8 times, 1 + 2 and 2 + 3, instead
 of 13; with a shortcut 11, 1 + 3 and 4 + 3, instead of 16. Between the passes a small launch adds up
 what the programs found; no result depends on the order in which they run.
 
@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.fused import (
+    FLOATS,
     cdiv,
     differentiable,
     has_kernels,
@@ -42,9 +43,9 @@ from models.fused.batch_norm_kernels import (
 )
 from models.layers import are_ordinary, batch_norm
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Tiles of channels-last maps, by kernel and number of maps: positions (of 16 bits), channels, how
-# many rows of a tile a thread adds up by itself, warps, and programs of a multiprocessor.
+# Tiles of channels-last maps, by kernel and number of maps: positions (of 16-bit maps; half as many
+# of float32), channels, how many rows of a tile a thread adds up by itself, warps, and programs of
+# a multiprocessor.
 TILES = {
     ("moments", 1): (64, 64, 4, 4, 8),
     ("moments", 2): (64, 64, 4, 4, 7),
@@ -133,7 +134,7 @@ def launch_normalize(maps: Sequence[Tensor], weights: Sequence[Tensor], biases: 
 def launch_products(gradient: Tensor, out: Tensor | None, maps: Sequence[Tensor],
                     statistics: Tensor, weight: Tensor, bias: Tensor | None, stores: bool
                     ) -> tuple[Tensor, Tensor, Tensor]:
-    """`gradients` and `means` of gradients_kernel, and the gradient behind the ReLU if `stores`."""
+    """`gradients` and `means` of gradients_kernel, and that of the ReLU's input if `stores`."""
     channels, number = gradient.shape[1], len(maps)
     programs, along, form = constants("products", maps, gradient)
     partial = statistics.new_empty((along, 1 + number, channels))
@@ -297,7 +298,7 @@ def can_fuse(maps: Sequence[Tensor], norms: Sequence[nn.Module],
     if form is None or form[-1] or any(form_of(norm) != form for norm in norms[1:]):
         return False
     x, others = maps[0], [*maps[1:], *([] if shortcut is None else [shortcut])]
-    if len(maps) > 3 or x.dim() != 4 or x.dtype not in DTYPES or not has_kernels(x.device):
+    if len(maps) > 3 or x.dim() != 4 or x.dtype not in FLOATS or not has_kernels(x.device):
         return False
     if any((y.shape, y.dtype, y.device) != (x.shape, x.dtype, x.device) for y in others):
         return False
@@ -338,4 +339,4 @@ def plain_sum(maps: Sequence[Tensor], norms: Sequence[nn.Module], *,
     """The same by ordinary layers, the ReLU in place."""
     terms = [batch_norm(norm, x) for x, norm in zip(maps, norms)]
     out = reduce(add, terms if shortcut is None else [*terms, shortcut])
-    return F.relu(out, inplace=True) if relu else out
+    return F.relu(out, inplace=out is not maps[0]) if relu else out

@@ -235,7 +235,7 @@ def products_kernel(partial, cut, gradient, out, x0, x1, x2, statistics, weight0
                     MAPS: tl.constexpr, LAST: tl.constexpr, GRADIENT_LAST: tl.constexpr,
                     CUT: tl.constexpr, STORES: tl.constexpr, FOLD: tl.constexpr,
                     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Sums over a part of the positions of the gradient behind the ReLU and of its product with
+    """Sums over a part of the positions of the gradient of the ReLU's input and of its product with
     each x - mean, partial (programs, 1 + MAPS, C). STORES: that gradient itself, to `cut`."""
     program, programs, channel, exists = _place(C, BLOCK_C)
     own = channel < OWN

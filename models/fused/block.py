@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from models.fused import (
+    FLOATS,
     autocast_dtype,
     cdiv,
     has_kernels,
-    is_recorded,
+    is_traced,
     jit,
     multiprocessors,
     next_power_of_2,
@@ -25,10 +26,8 @@ from models.fused import (
 )
 from models.fused.gelu import gelu, gelu_slope
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Of each kernel: the columns and the elements of a tile, and where a program takes one tile after
-# another how many programs share a multiprocessor: each gives one row of partial sums. The fastest
-# of five to nine on an H200.
+# another how many programs share a multiprocessor: each gives one row of partial sums.
 GELU = dict(columns=256, elements=4096, num_warps=4)
 GELU_BACKWARD = dict(columns=128, elements=1024, num_warps=2, programs=16)
 ADD = dict(columns=128, elements=1024, num_warps=4)
@@ -41,8 +40,8 @@ ADD_BACKWARD = dict(columns=256, elements=2048, num_warps=4, programs=5)
 
 @jit
 def _columns(C: tl.constexpr, BLOCK_C: tl.constexpr):
-    """This program's, and its number and how many there are among those with the same columns.
-    Programs that run together share rows."""
+    """This program's columns, its number among the programs with the same columns, and how many
+    those are. Programs that run together share rows."""
     BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     return (tl.program_id(0) % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C),
             tl.program_id(0) // BLOCKS, tl.num_programs(0) // BLOCKS)
@@ -104,7 +103,7 @@ def _factor(gamma, column, WIDTH: tl.constexpr, SCALED: tl.constexpr):
 
 @jit
 def _share(kept, scale, row, num_rows, PIXELS: tl.constexpr):
-    """Of the branch in each row's image: 0 where it is dropped, as a column."""
+    """The factor of each row's branch, (ROWS, 1): 0 where its image drops the branch."""
     is_kept = tl.load(kept + row // PIXELS, mask=row < num_rows, other=0)
     return tl.where(is_kept != 0, scale, 0.0)[:, None]
 
@@ -270,8 +269,7 @@ def fork(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def can_fuse(x: Tensor) -> bool:
-    """Whether the above is for a block whose input is x (N, C, H, W), in rows of 16 bytes.
-    torch.compile joins the plain layers by itself."""
-    return (not torch.compiler.is_compiling() and torch.is_grad_enabled() and x.requires_grad
-            and x.dtype in DTYPES and has_kernels(x.device) and not is_recorded()
+    """Whether the above is for a block whose input is x (N, C, H, W), in rows of 16 bytes."""
+    return (not is_traced() and torch.is_grad_enabled() and x.requires_grad
+            and x.dtype in FLOATS and has_kernels(x.device)
             and x.shape[1] % 8 == 0 and x.is_contiguous(memory_format=torch.channels_last))

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.fused import (
+    HALVES,
     INTERPRETED,
     autocast_dtype,
     cdiv,
@@ -34,7 +35,6 @@ from models.fused import (
     tl,
 )
 
-DTYPES = (torch.bfloat16, torch.float16)
 SIZES = (3, 5, 7, 9)
 NUM_WARPS = 4
 CHANNELS = 32  # of a tile: 64 bytes, two sectors of memory; 96 channels leave no rest
@@ -285,7 +285,7 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
         raise ValueError(f"expected a weight ({channels}, 1, k, k) with an odd k for a map "
                          f"{tuple(x.shape)}, got {tuple(weight.shape)}.")
     dtype = autocast_dtype(x)
-    if (HAS_TUPLES and size in SIZES and dtype in DTYPES and has_kernels(x.device)
+    if (HAS_TUPLES and size in SIZES and dtype in HALVES and has_kernels(x.device)
             and not is_recorded() and x.is_contiguous(memory_format=torch.channels_last)):
         return _fused(x.to(dtype), weight, bias)
     return F.conv2d(x, weight, bias, padding=size // 2, groups=channels)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.fused import (
+    FLOATS,
     autocast_dtype,
     cdiv,
     differentiable,
@@ -31,7 +32,6 @@ from models.fused import (
     tl,
 )
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST = 4096  # a row stays in the registers of one program
 NUM_WARPS = 4
 # Elements of a program's tile. Forward each thread has four loads of 16 bytes on their way; the
@@ -231,7 +231,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, width: int |
     if weight.shape != (width,) or bias.shape != (width,) or not 0 < width <= padded:
         raise ValueError(f"expected weight and bias of {width} values, at least 1 and at most the "
                          f"{padded} of a row, got {tuple(weight.shape)} and {tuple(bias.shape)}.")
-    if (x.dtype in DTYPES and padded <= WIDEST and has_kernels(x.device)
+    if (x.dtype in FLOATS and padded <= WIDEST and has_kernels(x.device)
             and not is_recorded()):
         return _fused(x, weight, bias, eps, autocast_dtype(x), patch)
     true = x if width == padded else x[..., :width]

@@ -12,11 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from models.fused import cdiv, has_kernels, is_recorded, jit, next_power_of_2, on_device_of, tl
+from models.fused import (
+    FLOATS,
+    cdiv,
+    has_kernels,
+    is_traced,
+    jit,
+    next_power_of_2,
+    on_device_of,
+    tl,
+)
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST = 15  # pixels of a window's edge: their numbers must fit into a byte
-POSITIONS, CHANNELS = 64, 32  # of a program's tile, the fastest of six on an H200
+POSITIONS, CHANNELS = 64, 32  # of a program's tile
 
 
 # On the device. A tile is (positions, channels); a position is a pixel of an image of the batch.
@@ -36,8 +44,9 @@ def _place(num_positions, WIDTH: tl.constexpr, AREA: tl.constexpr, C: tl.constex
 @jit(do_not_specialize=["num_positions"])  # compiled once for any batch
 def forward_kernel(out, taken, x, num_positions, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
                    OUT_H: tl.constexpr, OUT_W: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr,
-                   PADDING: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """One tile of out and taken (N, OUT_H, OUT_W, C), from x (N, H, W, C)."""
+                   PADDING: tl.constexpr, STORES: tl.constexpr, BLOCK_P: tl.constexpr,
+                   BLOCK_C: tl.constexpr):
+    """One tile of out and, if STORES, of taken (N, OUT_H, OUT_W, C), from x (N, H, W, C)."""
     position, image, row, column, channel, exists = _place(
         num_positions, OUT_W, OUT_H * OUT_W, C, BLOCK_P, BLOCK_C)
     best = tl.full((BLOCK_P, BLOCK_C), float("-inf"), tl.float32)
@@ -52,7 +61,8 @@ def forward_kernel(out, taken, x, num_positions, C: tl.constexpr, H: tl.constexp
             better = inside & ((value > best) | (value != value) | (number == 255))
             best, number = tl.where(better, value, best), tl.where(better, i * K + j, number)
     tl.store(out + position * C + channel, best.to(out.dtype.element_ty), mask=exists)
-    tl.store(taken + position * C + channel, number.to(tl.uint8), mask=exists)
+    if STORES:
+        tl.store(taken + position * C + channel, number.to(tl.uint8), mask=exists)
 
 
 @jit(do_not_specialize=["num_positions"])  # compiled once for any batch
@@ -79,31 +89,35 @@ def backward_kernel(out, gradient, taken, num_positions, C: tl.constexpr, H: tl.
 # On the host
 
 
-def launch(kernel, target: Tensor, other: Tensor, taken: Tensor, x_shape: torch.Size,
-           window: tuple[int, int, int]) -> None:
-    """`kernel` over all positions of its first map, `target`."""
-    block = min(CHANNELS, next_power_of_2(target.shape[1]))
-    num_positions = target.numel() // target.shape[1]
-    programs = cdiv(num_positions, POSITIONS) * cdiv(target.shape[1], block)
-    maps = (target, taken, other) if kernel is forward_kernel else (target, other, taken)
+def forms(maps: Tensor, x_shape: torch.Size, out_shape: torch.Size, window: tuple[int, int, int]
+          ) -> tuple[int, int, dict[str, int]]:
+    """Of a kernel over the positions of `maps`: its programs, these positions, and the rest."""
+    block = min(CHANNELS, next_power_of_2(x_shape[1]))
+    num_positions = maps.numel() // x_shape[1]
+    return cdiv(num_positions, POSITIONS) * cdiv(x_shape[1], block), num_positions, dict(
+        C=x_shape[1], H=x_shape[2], W=x_shape[3], OUT_H=out_shape[2], OUT_W=out_shape[3],
+        K=window[0], STRIDE=window[1], PADDING=window[2], BLOCK_P=POSITIONS, BLOCK_C=block,
+        num_warps=4)
+
+
+def pooled(x: Tensor, *window: int, keeps: bool = False) -> tuple[Tensor, Tensor]:
+    """The maxima and, if it `keeps` them, where they stood in their windows."""
+    kernel_size, stride, padding = window
+    height, width = [(size + 2 * padding - kernel_size) // stride + 1 for size in x.shape[2:]]
+    out = torch.empty((len(x), x.shape[1], height, width), dtype=x.dtype, device=x.device,
+                      memory_format=torch.channels_last)
+    taken = torch.empty_like(out, dtype=torch.uint8) if keeps else out
+    programs, num_positions, form = forms(out, x.shape, out.shape, window)
     if programs:
-        with on_device_of(target):
-            kernel[(programs,)](
-                *maps, num_positions, C=x_shape[1], H=x_shape[2], W=x_shape[3],
-                OUT_H=taken.shape[1], OUT_W=taken.shape[2], K=window[0], STRIDE=window[1],
-                PADDING=window[2], BLOCK_P=POSITIONS, BLOCK_C=block, num_warps=4)
+        with on_device_of(x):
+            forward_kernel[(programs,)](out, taken, x, num_positions, STORES=keeps, **form)
+    return out, taken
 
 
 class MaxPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, *window: int) -> Tensor:
-        kernel_size, stride, padding = window
-        height, width = [(size + 2 * padding - kernel_size) // stride + 1 for size in x.shape[2:]]
-        out = torch.empty((len(x), x.shape[1], height, width), dtype=x.dtype, device=x.device,
-                          memory_format=torch.channels_last)
-        taken = torch.empty((len(x), height, width, x.shape[1]), dtype=torch.uint8,
-                            device=x.device)
-        launch(forward_kernel, out, x, taken, x.shape, window)
+        out, taken = pooled(x, *window, keeps=True)
         ctx.save_for_backward(taken)
         ctx.shape, ctx.window = x.shape, window
         return out
@@ -115,16 +129,21 @@ class MaxPool(torch.autograd.Function):
         gradient = gradient.contiguous(memory_format=torch.channels_last)
         out = torch.empty(ctx.shape, dtype=gradient.dtype, device=gradient.device,
                           memory_format=torch.channels_last)
-        launch(backward_kernel, out, gradient, taken, ctx.shape, ctx.window)
+        programs, num_positions, form = forms(out, ctx.shape, gradient.shape, ctx.window)
+        if programs:
+            with on_device_of(out):
+                backward_kernel[(programs,)](out, gradient, taken, num_positions, **form)
         return out, None, None, None
 
 
 def max_pool2d(x: Tensor, kernel_size: int, stride: int, padding: int) -> Tensor:
     """F.max_pool2d(x, kernel_size, stride, padding) of (N, C, H, W); differentiable once where a
     kernel computes it, which is on a GPU for channels-last maps."""
-    if (x.dtype in DTYPES and has_kernels(x.device) and kernel_size <= LARGEST
+    if (x.dtype in FLOATS and has_kernels(x.device) and kernel_size <= LARGEST
             and x.is_contiguous(memory_format=torch.channels_last)
             and 2 * padding <= kernel_size <= min(x.shape[2:]) + 2 * padding
-            and not torch.compiler.is_compiling() and not is_recorded()):
-        return MaxPool.apply(x, kernel_size, stride, padding)
+            and not is_traced()):
+        if torch.is_grad_enabled() and x.requires_grad:
+            return MaxPool.apply(x, kernel_size, stride, padding)
+        return pooled(x, kernel_size, stride, padding)[0]
     return F.max_pool2d(x, kernel_size, stride, padding)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from models.fused import (
+    HALVES,
     autocast_dtype,
     cdiv,
     dot,
@@ -33,7 +34,6 @@ from models.fused import (
 )
 from models.fused.gelu import gelu
 
-DTYPES = (torch.bfloat16, torch.float16)
 WIDEST = 256  # channels in memory: wider sums do not fit into registers; see wide_mlp.py
 # For maps of at most so many channels: how many programs a Hopper multiprocessor takes, and their
 # tiles, the fastest of 32 on an H100. Its 227 KiB of shared memory and 65,536 registers hold two
@@ -161,7 +161,7 @@ def can_fuse(x: Tensor, weight: Tensor, parameters: Iterable[Tensor]) -> bool:
         return False
     if torch.is_grad_enabled() and any(value.requires_grad for value in (x, *parameters)):
         return False
-    return (x.dtype in DTYPES and x.dtype == weight.dtype == autocast_dtype(x)
+    return (x.dtype in HALVES and x.dtype == weight.dtype == autocast_dtype(x)
             and channels % 8 == 0 and weight.shape == (4 * channels, channels) and suits(x.device)
             and (channels <= WIDEST or wide_mlp.suits(x)))
 

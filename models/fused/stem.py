@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from models.fused import (
+    FLOATS,
     autocast_dtype,
     cdiv,
     dot,
@@ -28,7 +29,6 @@ from models.fused import (
     tl,
 )
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of images and weights
 SIZE, COLOURS = 4, 3  # of a patch
 WIDEST = 256  # channels in memory, of the result
 # For maps of at most so many channels: programs on one multiprocessor and their tiles of patches.
@@ -49,8 +49,8 @@ if tl is not None:
 
 @jit
 def _places(ROW: tl.constexpr):
-    """Of the 64 places: which hold a value, which holds 1, and where the value lies from the
-    patch's first on, where rows of pixels lie ROW values apart."""
+    """Of the 64 places: which hold a value, which holds 1, and how far each value lies from the
+    patch's first one, rows of pixels being ROW values apart."""
     place = tl.arange(0, 16 * _SIZE)
     return place % 16 < _RUN, place == _RUN, place // 16 * ROW + place % 16
 
@@ -162,7 +162,7 @@ def tiling(x: Tensor, num_patches: int, width: int, padded: int, choices: dict) 
                           BLOCK_C=max(16, next_power_of_2(padded)), **tiles)
 
 
-def last(weight: Tensor) -> Tensor:
+def channels_last(weight: Tensor) -> Tensor:
     """(channels, 3, 4, 4) -> (channels, 4, 4, 3), contiguous."""
     return weight.permute(0, 2, 3, 1).contiguous()
 
@@ -176,8 +176,8 @@ def launch(images: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, shift: T
     programs, forms = tiling(images, num_patches, len(scale), padded, FORWARD)
     if programs:
         with on_device_of(images):
-            forward_kernel[(programs,)](out, images, last(weight), bias, scale, shift, num_patches,
-                                        eps, **forms)
+            forward_kernel[(programs,)](out, images, channels_last(weight), bias, scale, shift,
+                                        num_patches, eps, **forms)
     return out
 
 
@@ -191,7 +191,7 @@ def gradients(gradient: Tensor, images: Tensor, weight: Tensor, bias: Tensor, sc
     sums = images.new_empty((programs, (SIZE * RUN + 3) * width), dtype=torch.float32)
     if programs:
         with on_device_of(images):
-            backward_kernel[(programs,)](sums, gradient, images, last(weight), bias, scale,
+            backward_kernel[(programs,)](sums, gradient, images, channels_last(weight), bias, scale,
                                          num_patches, eps, **forms)
     of_weight, *others = sums.sum(0).split([SIZE * RUN * width, width, width, width])
     return of_weight.view(width, SIZE, SIZE, COLOURS).permute(0, 3, 1, 2), *others
@@ -216,9 +216,9 @@ class Stem(torch.autograd.Function):
 
 def can_fuse(images: Tensor, weight: Tensor, scale: Tensor, padded: int) -> bool:
     """Whether `stem` takes these images, of a convolution of patches in half precision. Not where
-    the images want a gradient, or the weights that one and are filled up with zeros."""
+    the images want a gradient, nor where weights that are stored with their zeros do."""
     learns = torch.is_grad_enabled()
-    return (images.dtype in DTYPES and images.shape[1:2] == weight.shape[1:2]
+    return (images.dtype in FLOATS and images.shape[1:2] == weight.shape[1:2]
             and weight.shape[1:] == (COLOURS, SIZE, SIZE)
             and padded <= WIDEST and len(scale) <= len(weight) <= padded
             and not (learns and (images.requires_grad or len(scale) < len(weight))))

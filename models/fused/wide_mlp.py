@@ -1,16 +1,16 @@
 """What models/fused/mlp.py computes, for blocks of more channels than it takes:
 
-    out = x + gelu(norm(y) W1 + b1) W2 + b2
+    out = x + W2 gelu(W1 norm(y) + b1) + b2
 
 The first product is a Triton kernel that makes the norm and the GELU on the way, the second one is
 the library's.
 
 The norm is a rank-one correction of a product: with mean m and standard deviation s of a row,
-norm(y) W1 = (y W1 - m sum(W1)) / s. So y meets the matrix units as it is, its statistics and the
+W1 norm(y) = (W1 y - m sum(W1)) / s. So y meets the matrix units as it is, its statistics and the
 sums of the weights come from a small kernel, and nothing is rounded between norm and product.
 
-Rounded to half are the hidden values and the result; statistics, products and sums are float32. No
-result depends on the order in which programs run.
+Rounded to half are the hidden values, what is added to x, and the result; statistics, products and
+sums are float32. No result depends on the order in which programs run.
 """
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ try:  # Triton 3.4
 except ImportError:
     TensorDescriptor = None
 
-WIDEST = 4096  # channels: a row's statistics are taken of registers
+WIDEST = 4096  # channels: a row stays in the registers of one program
 FEWEST = 4096  # positions: fewer do not fill a GPU, and launches take longer than they save
 # Elements of a program's tile of the statistics: each thread has four loads of 16 bytes on their
 # way.
 STATISTICS = 4096
-TILE = dict(BLOCK_P=128, BLOCK_N=256, BLOCK_K=64, num_warps=8, num_stages=3)  # fastest of 12, H200
+TILE = dict(BLOCK_P=128, BLOCK_N=256, BLOCK_K=64, num_warps=8, num_stages=3)
 
 
 # On the device

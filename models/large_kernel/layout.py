@@ -13,10 +13,9 @@ from math import gcd
 import torch
 from torch import Tensor
 
-from models.fused import cdiv, has_kernels, jit, on_device_of, three, tl
+from models.fused import FLOATS, cdiv, has_kernels, jit, on_device_of, three, tl
 
 TILE = 64  # 64 two-byte elements are a line of 128 bytes of the cache
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @jit
@@ -62,7 +61,7 @@ def copy_transposed(outs: Sequence[Tensor], xs: Sequence[Tensor], bias: Tensor |
             copy_transposed([out], [x], bias)
         return
     if (not has_kernels(x.device) or x.stride(2) != 1 or out.stride(1) != 1 or x.numel() == 0
-            or x.dtype not in DTYPES or out.dtype not in DTYPES):
+            or x.dtype not in FLOATS or out.dtype not in FLOATS):
         for out, x in zip(outs, xs):
             if out.shape != x.shape:
                 out = out.zero_()[:x.shape[0], :x.shape[1]]

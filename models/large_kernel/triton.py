@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from models.fused import (
+    FLOATS,
     INTERPRETED,
     cdiv,
     dot,
@@ -40,8 +41,6 @@ from models.fused import (
 from models.large_kernel.backend import Backend
 from models.large_kernel.layout import to_channels_last, to_contiguous
 from models.large_kernel.tables import Table, gather, gather_gradient, make_table, tap_numbers
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Columns of an accumulator: 64 x 128 float32 over 4 warps are 64 registers of a thread, which
 # leaves room for the operands and for several programs on one multiprocessor.
@@ -296,7 +295,7 @@ def constants(forms: Sequence[Form]) -> dict[str, int]:
 
 
 def check(shape: torch.Size, dtype: torch.dtype, kernels: Sequence[torch.Size]) -> None:
-    if len(shape) != 3 or dtype not in DTYPES or shape[1] * shape[2] == 0:
+    if len(shape) != 3 or dtype not in FLOATS or shape[1] * shape[2] == 0:
         raise ValueError(f"expected a map (N, C, H, W) in float32, bfloat16 or float16, got (N, "
                          f"{', '.join(map(str, shape))}) in {dtype}.")
     for kernel in kernels:
