@@ -6,7 +6,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -27,6 +29,13 @@ def run_script(file: str, *words: str, **environment: str) -> str:
     if "only 0-dimensional arrays" in run.stderr:
         pytest.skip("the interpreter of this Triton does not know this NumPy")
     return run.stdout if run.returncode == 0 else run.stdout + run.stderr
+
+
+def traced() -> list[AbstractContextManager]:
+    """In which torch.compile, torch.export or the tracer seems to call."""
+    yes = mock.Mock(return_value=True)
+    return [mock.patch.multiple("torch.compiler", is_compiling=yes, is_dynamo_compiling=yes),
+            mock.patch("torch.compiler.is_compiling", yes), mock.patch("torch.jit.is_tracing", yes)]
 
 
 def tell(failures: Sequence[str]) -> None:

@@ -14,8 +14,8 @@ import engine
 import train_kd
 from models import create_model
 from models.base import IMAGENET_MEAN, IMAGENET_STD
-from models.distiller import FrozenTeacher
-from models.layers import set_launches_free
+from models.distiller import Distiller, FrozenTeacher
+from models.layers import LaunchAware, set_launches_free
 from tests.helpers import (
     make_batch,
     make_batches,
@@ -39,7 +39,7 @@ class Replayed(Captured):
 
     device_type = "cpu"
 
-    def __init__(self, what: str = "it", module: nn.Module | None = None, **options) -> None:
+    def __init__(self, what: str = "it", module: nn.Module | None = None) -> None:
         self.module = module or nn.Identity()  # whose state a recording leaves as it was
         super().__init__(what, self.module.parameters(), is_on=True)
 
@@ -144,6 +144,23 @@ def test_random_numbers_of_the_host_are_not_repeated(draw, capsys):
     assert len(found) == WARM_UPS + 5
     assert "CUDA graphs: it is launched eagerly, for it draws random numbers on the host" in (
         capsys.readouterr().err)
+
+
+def test_a_student_knows_whether_its_launches_are_free(monkeypatch):
+    for name in ("device_type", "_on_stream", "_watched"):
+        monkeypatch.setattr(Captured, name, getattr(Replayed, name))
+    student = micro_convnext_bn()
+
+    def are_free() -> set[bool]:
+        return {module.launches_are_free for module in student.modules()
+                if isinstance(module, LaunchAware)}
+
+    assert are_free() == {False}
+    captured = Distiller(student, {}, {}).capture()
+    assert are_free() == {True}
+    for _ in range(WARM_UPS):
+        captured(lambda x: x * random.random(), torch.ones(()))
+    assert not captured.is_on and are_free() == {False}
 
 
 def recorded_with(error: BaseException, monkeypatch) -> tuple[Replayed, nn.Module]:

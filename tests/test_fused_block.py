@@ -2,7 +2,7 @@
 ConvNeXt's blocks.
 
 Triton's interpreter must be chosen before Triton is imported, so the kernels run in a process of
-their own: this file, as a script. It prints one line for each comparison that fails.
+their own: this file, as a script. It prints comparisons that fail; asserts stand beside them.
 """
 import sys
 import weakref
@@ -17,7 +17,7 @@ from models.convnext import ConvNeXtBlock
 from models.fused import block as fused
 from models.fused import has_kernels
 from models.layers import DepthwiseConv2d, pad_to
-from tests.kernels import ON_GPU, SUCCESS, needs_gpu, needs_triton, run_script, tell
+from tests.kernels import ON_GPU, SUCCESS, needs_gpu, needs_triton, run_script, tell, traced
 
 TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # of the maximum
 # images, height, width, true channels, channels in memory; with the tiles of models/fused/block the
@@ -132,10 +132,10 @@ def block_comparisons(device: str):
             yield f"block {channels} {grn} {half or 'float32'}: {name}", got, expected.detach()
 
 
-def tolerance(what: str) -> float:
-    if what.startswith("block"):
+def tolerance(what: str, dtype: torch.dtype) -> float:
+    if what.startswith("block"):  # in autocast its values are rounded in between
         return 4e-2 if "bfloat16" in what else 1e-5
-    return max(value for dtype, value in TOLERANCES.items() if str(dtype) in what)
+    return TOLERANCES[dtype]
 
 
 def watched_and_foreign_layers(device: str) -> list[str]:
@@ -187,10 +187,9 @@ def failures(device: str) -> list[str]:
             if not expected.any():
                 assert not got.any(), what
                 continue
-            error = relative_error(got, expected)
-            worst[comparisons.__name__] = max(worst.get(comparisons.__name__, 0),
-                                              error / tolerance(what))
-            if not error <= tolerance(what):  # NaN, where something was left unwritten, fails
+            error, bound = relative_error(got, expected), tolerance(what, got.dtype)
+            worst[comparisons.__name__] = max(worst.get(comparisons.__name__, 0), error / bound)
+            if not error <= bound:  # NaN, where something was left unwritten, fails
                 found.append(f"{what}: error {error:.1e}")
     print("largest share of the tolerance:", worst)
     return found + watched_and_foreign_layers(device) + kept_and_derived(device)
@@ -215,6 +214,39 @@ def test_plain_layers_where_no_kernel_runs():
     assert not fused.can_fuse(x)
     block = ConvNeXtBlock(8, "mixer", DepthwiseConv2d(8, 3), drop_path=0.0, layer_scale_init=1.0)
     assert "AddBranch" not in type(block(x).grad_fn).__name__
+
+
+def map_of(channels: int = 8, layout: torch.memory_format = torch.channels_last,
+           dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(2, channels, 4, 3).to(dtype).contiguous(memory_format=layout)
+
+
+def test_only_what_the_kernels_compute_is_left_to_them(monkeypatch):
+    monkeypatch.setattr(fused, "has_kernels", lambda device: True)
+    x = map_of().requires_grad_()
+    assert fused.can_fuse(x) and not fused.can_fuse(x.detach())
+    for dtype in (torch.bfloat16, torch.float16):
+        assert fused.can_fuse(map_of(dtype=dtype).requires_grad_())
+    for other in (map_of(dtype=torch.float64), map_of(12), map_of(layout=torch.contiguous_format)):
+        assert not fused.can_fuse(other.requires_grad_())
+    with torch.no_grad():
+        assert not fused.can_fuse(x)
+    for is_traced in traced():
+        with is_traced:
+            assert not fused.can_fuse(x)
+
+
+def test_a_fork_casts_the_branch_and_adds_its_gradient():
+    x = map_of().requires_grad_()
+    assert all(one is x for one in fused.fork(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        kept, cast = fused.fork(x)
+        assert all(one is cast for one in fused.fork(cast))
+    assert kept.grad_fn is cast.grad_fn is not None
+    assert torch.equal(kept, x) and torch.equal(cast, x.bfloat16()) and kept.dtype == x.dtype
+    gradients = map_of(), map_of(dtype=torch.bfloat16)
+    found, = torch.autograd.grad([kept, cast], x, gradients)
+    assert found.dtype == x.dtype and torch.equal(found, gradients[0] + gradients[1])
 
 
 if __name__ == "__main__":

@@ -5,11 +5,13 @@ tests/test_fused_layers.py: this file, as a script.
 import copy
 import sys
 
+import pytest
 import torch
 from torch import nn
 
+from models import layers as of_models
 from models.convnext import ConvNeXt
-from models.fused import stem
+from models.fused import layer_norm, stem
 from models.layers import Conv2d, LayerNorm2d, down_sampled, pad_to
 from tests.helpers import MICRO, fill_by_name
 from tests.kernels import ON_GPU, SUCCESS, needs_gpu, needs_triton, run_script, tell
@@ -168,6 +170,37 @@ def test_interpreted_products_equal_layers():
 def test_products_on_a_gpu_equal_layers():
     printed = run_script(__file__, "cuda", **ON_GPU)
     assert SUCCESS in printed, printed
+
+
+def patches_of(monkeypatch, before: int, width: int, watched: int | None = None) -> list[str]:
+    """What a down-sampling calls on a device with kernels; `watched`: its layer with a hook."""
+    seen, layers = [], make(False, before, width, 2)
+    kernel = layer_norm.layer_norm
+    monkeypatch.setattr(of_models, "has_kernels", lambda device: True)
+    monkeypatch.setattr(layer_norm, "layer_norm",
+                        lambda *inputs: seen.append("kernel") or kernel(*inputs))
+    if watched is not None:
+        layers[watched].register_forward_hook(lambda *_: seen.append("hook"))
+    with torch.autocast("cpu", torch.bfloat16):
+        down_sampled(layers, torch.randn(1, before, 4, 4), width)
+    monkeypatch.undo()
+    return seen
+
+
+@pytest.mark.parametrize("form, seen", [
+    ((8, 16), ["kernel"]), ((8, 16, 0), ["hook"]), ((8, 16, 1), ["hook"]), ((12, 16), []),
+    ((8, 12), [])], ids=str)
+def test_watched_layers_and_widths_of_no_16_bytes_are_left_to_the_layers(form, seen, monkeypatch):
+    assert patches_of(monkeypatch, *form) == seen
+
+
+def test_stems_of_too_many_channels_take_the_layers():
+    def can_fuse(channels: int, padded: int) -> bool:
+        return stem.can_fuse(torch.zeros(1, 3, 4, 4), torch.zeros(channels, 3, 4, 4),
+                             torch.zeros(channels), padded)
+
+    assert can_fuse(stem.WIDEST, stem.WIDEST) and can_fuse(5, 8) and not can_fuse(8, 5)
+    assert not can_fuse(5, stem.WIDEST + 8)
 
 
 if __name__ == "__main__":
