@@ -117,8 +117,8 @@ class ListedImages(ImageSource):
             elif not is_val[indices].any() and len(indices) > 1:
                 is_val[indices[hashes[indices].argmin()]] = True
         if not is_val.any():
-            raise UserError(f"split={share} leaves no image to evaluate on: no class has more than "
-                            "one image, which is for training. Add images.")
+            raise UserError(f"split={share} leaves no image to evaluate on: every class has a "
+                            "single image, and single images are for training. Add images.")
         self.keep(is_val == (part != "train"))
 
     def _hash(self, index: int) -> int:

@@ -194,6 +194,8 @@ class GELU(nn.GELU):
 
 
 class MaxPool2d(nn.MaxPool2d):
+    """Over windows of one edge, stride and padding, without dilation or ceiling."""
+
     def __init__(self, kernel_size: int, stride: int, padding: int) -> None:
         super().__init__(kernel_size, stride, padding)
 

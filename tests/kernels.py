@@ -31,6 +31,19 @@ def run_script(file: str, *words: str, **environment: str) -> str:
     return run.stdout if run.returncode == 0 else run.stdout + run.stderr
 
 
+# Of a test that checks a file of kernels in Triton's interpreter and, where there is one, on a GPU.
+on_both = pytest.mark.parametrize("device", [
+    pytest.param("cpu", marks=needs_triton, id="interpreted"),
+    pytest.param("cuda", marks=(needs_triton, needs_gpu), id="gpu")])
+
+
+def check_comparisons(file: str, device: str) -> None:
+    """Of the file, run as a script with the word `device`."""
+    environment = ON_GPU if device == "cuda" else {"TRITON_INTERPRET": "1"}
+    printed = run_script(file, device, **environment)
+    assert SUCCESS in printed, printed
+
+
 def traced() -> list[AbstractContextManager]:
     """In which torch.compile, torch.export or the tracer seems to call."""
     yes = mock.Mock(return_value=True)

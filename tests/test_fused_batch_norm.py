@@ -21,7 +21,15 @@ from models.fused import batch_norm
 from models.fused.batch_norm import can_fuse, sum_of_batch_norms
 from models.layers import set_launches_free
 from models.resnet import ResNet
-from tests.kernels import ON_GPU, SUCCESS, needs_gpu, needs_triton, run_script, tell, traced
+from tests.kernels import (
+    SUCCESS,
+    check_comparisons,
+    needs_triton,
+    on_both,
+    run_script,
+    tell,
+    traced,
+)
 
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # of the maximum
 FIRST, LAST = torch.contiguous_format, torch.channels_last
@@ -252,17 +260,9 @@ def process_failures(rank: int, port: str) -> list[str]:
     return differences(found, expected, 1e-5)
 
 
-@needs_triton
-def test_interpreted_kernels_equal_the_modules():
-    printed = run_script(__file__, "cpu", TRITON_INTERPRET="1")
-    assert SUCCESS in printed, printed
-
-
-@needs_triton
-@needs_gpu
-def test_kernels_on_a_gpu_equal_the_modules():
-    printed = run_script(__file__, "cuda", **ON_GPU)
-    assert SUCCESS in printed, printed
+@on_both
+def test_kernels_equal_the_modules(device):
+    check_comparisons(__file__, device)
 
 
 @needs_triton

@@ -17,7 +17,7 @@ from models.convnext import ConvNeXtBlock
 from models.fused import block as fused
 from models.fused import has_kernels
 from models.layers import DepthwiseConv2d, pad_to
-from tests.kernels import ON_GPU, SUCCESS, needs_gpu, needs_triton, run_script, tell, traced
+from tests.kernels import check_comparisons, on_both, tell, traced
 
 TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # of the maximum
 # images, height, width, true channels, channels in memory; with the tiles of models/fused/block the
@@ -195,17 +195,9 @@ def failures(device: str) -> list[str]:
     return found + watched_and_foreign_layers(device) + kept_and_derived(device)
 
 
-@needs_triton
-def test_interpreted_kernels_equal_plain_layers():
-    printed = run_script(__file__, "cpu", TRITON_INTERPRET="1")
-    assert SUCCESS in printed, printed
-
-
-@needs_triton
-@needs_gpu
-def test_kernels_on_a_gpu_equal_plain_layers():
-    printed = run_script(__file__, "cuda", **ON_GPU)
-    assert SUCCESS in printed, printed
+@on_both
+def test_kernels_equal_plain_layers(device):
+    check_comparisons(__file__, device)
 
 
 @pytest.mark.skipif(has_kernels(torch.device("cpu")), reason="interpreted")

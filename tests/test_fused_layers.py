@@ -16,7 +16,7 @@ from models.fused import has_kernels
 from models.fused.depthwise import HAS_TUPLES, depthwise_conv2d
 from models.fused.layer_norm import layer_norm
 from models.layers import DepthwiseConv2d
-from tests.kernels import ON_GPU, ROOT, SUCCESS, needs_gpu, needs_triton, run_script, tell
+from tests.kernels import ROOT, check_comparisons, on_both, tell
 
 TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}  # of the maximum
 # (images, channels, height, width), kernel
@@ -173,17 +173,9 @@ def test_rows_in_patch_order():
     assert torch.equal(patches[1, 1, 0], rows[1, 2:4, :2].flatten())
 
 
-@needs_triton
-def test_interpreted_kernels_equal_plain_layers():
-    printed = run_script(__file__, "cpu", TRITON_INTERPRET="1")
-    assert SUCCESS in printed, printed
-
-
-@needs_triton
-@needs_gpu
-def test_kernels_on_a_gpu_equal_plain_layers():
-    printed = run_script(__file__, "cuda", **ON_GPU)
-    assert SUCCESS in printed, printed
+@on_both
+def test_kernels_equal_plain_layers(device):
+    check_comparisons(__file__, device)
 
 
 # Where no kernel runs

@@ -10,7 +10,7 @@ from torch import nn
 from models.fused import max_pool
 from models.fused.max_pool import max_pool2d
 from models.layers import MaxPool2d
-from tests.kernels import ON_GPU, SUCCESS, needs_gpu, needs_triton, run_script, tell, traced
+from tests.kernels import check_comparisons, on_both, tell, traced
 
 FIRST, LAST = torch.contiguous_format, torch.channels_last
 # (images, channels, height, width); window, stride, padding
@@ -56,17 +56,9 @@ def failures(device: str) -> list[str]:
     return found + ([f"NaN and infinity: {wrong}"] if wrong else [])
 
 
-@needs_triton
-def test_interpreted_kernels_equal_the_layer():
-    printed = run_script(__file__, "cpu", TRITON_INTERPRET="1")
-    assert SUCCESS in printed, printed
-
-
-@needs_triton
-@needs_gpu
-def test_kernels_equal_the_layer():
-    printed = run_script(__file__, "cuda", **ON_GPU)
-    assert SUCCESS in printed, printed
+@on_both
+def test_kernels_equal_the_layer(device):
+    check_comparisons(__file__, device)
 
 
 @pytest.mark.parametrize("layout", [FIRST, LAST])

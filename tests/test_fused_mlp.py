@@ -16,7 +16,7 @@ from models.fused import jit, mlp, tl, wide_mlp
 from models.fused.gelu import gelu
 from models.large_kernel.operator import set_backend
 from models.slak import SLaK
-from tests.kernels import ON_GPU, SUCCESS, needs_gpu, needs_triton, run_script, tell
+from tests.kernels import check_comparisons, on_both, tell
 
 # Of the norm. The interpreter cuts off what bfloat16 does not hold, where a GPU rounds.
 TOLERANCES = {torch.bfloat16: 1.2e-2, torch.float16: 1.2e-3}
@@ -155,17 +155,9 @@ def failures(device: str) -> list[str]:
     return found
 
 
-@needs_triton
-def test_interpreted_kernel_equals_plain_layers():
-    printed = run_script(__file__, "cpu", TRITON_INTERPRET="1")
-    assert SUCCESS in printed, printed
-
-
-@needs_triton
-@needs_gpu
-def test_kernel_on_a_gpu_equals_plain_layers():
-    printed = run_script(__file__, "cuda", **ON_GPU)
-    assert SUCCESS in printed, printed
+@on_both
+def test_kernel_equals_plain_layers(device):
+    check_comparisons(__file__, device)
 
 
 @pytest.fixture

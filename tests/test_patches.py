@@ -14,7 +14,7 @@ from models.convnext import ConvNeXt
 from models.fused import layer_norm, stem
 from models.layers import Conv2d, LayerNorm2d, down_sampled, pad_to
 from tests.helpers import MICRO, fill_by_name
-from tests.kernels import ON_GPU, SUCCESS, needs_gpu, needs_triton, run_script, tell
+from tests.kernels import check_comparisons, on_both, tell
 
 TOLERANCES = {torch.bfloat16: 1e-2, torch.float16: 2e-3}  # of the maximum
 # (images, height, width), own channels, channels in memory. Not all rows fill a patch, and not all
@@ -159,17 +159,9 @@ def failures(device: str) -> list[str]:
     return stem_failures(device) + map_failures(device) + network_failures(device)
 
 
-@needs_triton
-def test_interpreted_products_equal_layers():
-    printed = run_script(__file__, "cpu", TRITON_INTERPRET="1")
-    assert SUCCESS in printed, printed
-
-
-@needs_triton
-@needs_gpu
-def test_products_on_a_gpu_equal_layers():
-    printed = run_script(__file__, "cuda", **ON_GPU)
-    assert SUCCESS in printed, printed
+@on_both
+def test_products_equal_layers(device):
+    check_comparisons(__file__, device)
 
 
 def patches_of(monkeypatch, before: int, width: int, watched: int | None = None) -> list[str]:
